@@ -1,0 +1,1 @@
+"""How many replicas are needed, and where to get them."""

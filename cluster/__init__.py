@@ -1,0 +1,1 @@
+"""Where the GPUs are: regions, load, placement, telemetry."""

@@ -1,0 +1,1 @@
+"""The maths: one op family a file."""

@@ -1,0 +1,70 @@
+"""A step's plan: what every rank needs for one forward pass, as one int32 array.
+
+    T tokens of the step, B sequences, M widest block table, S rows whose logits are wanted
+
+The tokens of one sequence are consecutive: rows `query_start[b]:query_start[b+1]` belong to b.
+Its keys and values end at `context_lens[b]`, the step's own tokens included; token t writes to
+slot `slot_mapping[t]` = block * block_tokens + offset.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    token_ids: Ints  # [T]
+    positions: Ints  # [T]
+    slot_mapping: Ints  # [T]
+    query_start: Ints  # [B + 1]
+    context_lens: Ints  # [B]
+    block_tables: Ints  # [B, M]; entries past a sequence's blocks are 0 and never read
+    logits_rows: Ints  # [S] rows of the T tokens
+
+    def pack(self) -> Ints:
+        """One flat array `[T, B, M, S, ...]`, fit for a single broadcast."""
+        header = np.array(
+            [len(self.token_ids), len(self.context_lens), self.block_tables.shape[1], len(self.logits_rows)],
+            dtype=np.int32,
+        )
+        parts = (
+            self.token_ids,
+            self.positions,
+            self.slot_mapping,
+            self.query_start,
+            self.context_lens,
+            self.block_tables.reshape(-1),
+            self.logits_rows,
+        )
+        return np.concatenate((header, *parts))
+
+    @classmethod
+    def unpack(cls, flat: Ints) -> StepPlan:
+        """The plan in `flat`; the inverse of `pack`. Trailing padding is ignored."""
+        tokens, sequences, width, rows = (int(n) for n in flat[:4])
+        sizes = (tokens, tokens, tokens, sequences + 1, sequences, sequences * width, rows)
+        ends = np.cumsum((4, *sizes))
+        parts = [flat[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+        return cls(*parts[:5], block_tables=parts[5].reshape(sequences, width), logits_rows=parts[6])
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Sampling controls of the S rows that want logits, as arrays. Only rank 0 needs it.
+
+    A row's random number is a function of (seed, position) alone, so neither the batch it is in
+    nor a preemption changes what is drawn.
+    """
+
+    temperature: NDArray[np.float32]  # [S]
+    top_k: Ints  # [S]; 0 is off
+    top_p: NDArray[np.float32]  # [S]
+    min_p: NDArray[np.float32]  # [S]
+    seed: NDArray[np.uint64]  # [S]
+    position: Ints  # [S] position of the token to be drawn

@@ -1,0 +1,193 @@
+"""Every message between the stages of a request's way, and their one encoding.
+
+    Ingress ──RouteRequest──► Router ──Route | Queued | Overloaded──► Ingress
+    Ingress ──DispatchUpdate──► Router          what became of a Route
+    Ingress ──Submit──► ModelReplica ──Accepted | Refused──► Ingress
+    rank 0 ──StepFrame──► ModelReplica ──StepFrame (its part)──► Ingress
+    ModelReplica ──ReplicaLoad──► Router        (cluster/load.py)
+
+Stages know only these. Lists of them travel as msgpack bytes, so that what crosses a process is
+explicit, typed and never a pickle of our classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+import msgspec
+
+from cluster.load import ReplicaLoad
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How one sequence's tokens are chosen.
+
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `seed` is always set
+    (Ingress draws one when the client gives none), so a sequence can be replayed anywhere.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What the Router may know of a request: sizes, hashes and limits, never text."""
+
+    request_id: str
+    ingress_id: str
+    model: str
+    tenant_key: str
+    priority: int = 0  # lower is served first
+    deadline_s: float  # unix time after which nobody waits for a Route any more
+    prompt_tokens: int
+    max_tokens: int
+    expected_new_tokens: int  # growth that is reserved; see routing.growth_prior
+    block_hashes: tuple[bytes, ...] = ()
+    allowed_regions: tuple[str, ...] = ()  # empty: any
+    refused_replicas: tuple[str, ...] = ()  # replicas that answered this request with Refused, or died
+
+
+class Route(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Submit to this replica, reserving `reserve_blocks` there."""
+
+    request_id: str
+    replica_id: str
+    region: str
+    reserve_blocks: int
+    matched_blocks: int  # expected prefix match
+    predicted_ms: float
+    why: str
+
+
+class Queued(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """No replica has headroom now; a Route or Overloaded follows on the Router's stream."""
+
+    request_id: str
+    position: int
+    predicted_wait_ms: float
+
+
+class Overloaded(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """No Route will come. `permanent`: no replica could ever hold this request."""
+
+    request_id: str
+    retry_after_s: float
+    why: str
+    permanent: bool = False
+
+
+RouteReply = Route | Queued | Overloaded
+
+
+class DispatchUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of a Route, so that the Router counts each request's blocks once.
+
+    `accepted` carries the replica's submission number: the Router's own note of the dispatch is
+    dropped when a load report includes it. `finished` and `lost` end the request.
+    """
+
+    request_id: str
+    replica_id: str
+    outcome: Literal["accepted", "refused", "finished", "lost"]
+    submission: int = 0
+    output_tokens: int = 0
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence for an engine, complete: it can be replayed from this and the tokens it emitted."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    reserve_blocks: int  # blocks for the uncached prompt and its expected growth, as if nothing matched
+    hash_root: bytes  # root of the block-hash chain: model, weights, KV dtype and tenant salt
+    priority: int = 0
+    traceparent: str | None = None
+
+
+class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    request_id: str
+    submission: int  # the replica's running number; load reports name the last one they include
+    reserved_blocks: int
+    matched_blocks: int
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The replica cannot reserve what was asked. An answer, not a failure."""
+
+    request_id: str
+    headroom_blocks: int
+    why: str
+    permanent: bool = False  # larger than the whole pool, or than the model's context
+
+
+SubmitReply = Accepted | Refused
+
+
+class SequenceTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Where a sequence's time went, sent with its first token: milliseconds since it was accepted."""
+
+    queue_ms: float  # until its first prefill chunk was scheduled
+    prefill_ms: float  # from there to its first token
+    cached_tokens: int  # prompt tokens found in the prefix cache
+
+
+class SequenceDelta(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The news of one sequence in one step."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    finish_reason: FinishReason | None = None
+    error: str | None = None  # set with finish_reason "error"
+    times: SequenceTimes | None = None
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step did, for metrics. Times in ms, FLOPs and bytes from the step-time model."""
+
+    step_ms: float
+    predicted_ms: float
+    schedule_ms: float
+    batch_size: int
+    prefill_tokens: int
+    decode_tokens: int
+    flops: float
+    bytes_moved: float
+    num_preemptions: int
+    prefix_hit_tokens: int
+    prefix_query_tokens: int
+
+
+class StepFrame(msgspec.Struct, frozen=True, kw_only=True):
+    """All of a step's news; the replica splits it so that each Ingress gets only its own requests.
+
+    `next_step_ms` is how long the next frame may take by prediction, 0 when nothing runs: a
+    silence many times longer is a hang.
+    """
+
+    step: int
+    deltas: tuple[SequenceDelta, ...] = ()
+    load: ReplicaLoad | None = None
+    stats: StepStats | None = None
+    next_step_ms: float = 0.0
+
+
+Message = TypeVar("Message")
+
+
+def encode(messages: object) -> bytes:
+    """Msgpack bytes of a message, or of a list of messages."""
+    return msgspec.msgpack.encode(messages)
+
+
+def decode(payload: bytes, kind: type[Message]) -> Message:
+    """The message in `payload`; raises `msgspec.ValidationError` when it is not a `kind`."""
+    return msgspec.msgpack.decode(payload, type=kind)
