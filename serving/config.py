@@ -1,0 +1,177 @@
+"""Searoom's one configuration: the `args` of a Serve YAML and what `searoom up` builds are this model.
+
+Frozen, checked once at the edge; unknown keys fail. It carries no secrets: a key's hash, or the
+path of a key file.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from cluster.regions import ClusterMap
+from serving.errors import ConfigError
+
+Count = Annotated[int, Field(ge=1)]
+DEFAULT_REGION = "local"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(_Frozen):
+    """Which model. `source` is "embedded", a folder, a .gguf file or a hub id."""
+
+    source: str = "embedded"
+    name: str | None = None  # the id clients use; default: the model's own
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class EngineConfig(_Frozen):
+    """One replica's engine. Memory is counted in blocks of `block_tokens` tokens."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    tensor_parallel: Count = 1
+    ranks_per_node: Count | None = None  # default: as many as a node has room for
+    accelerator: str | None = None  # value of Ray's accelerator-type label, e.g. "H100"
+    block_tokens: Count = 16
+    kv_blocks: Count | None = None  # default: sized from measured free memory
+    kv_memory_bytes: Count = 1 << 30  # cap of that measure on CPU
+    max_num_seqs: Count = 64
+    max_step_tokens: Count = 512
+    threads: Count | None = None  # a rank; default: cores // ranks on the node
+    executor: str = "serving.engine.worker:Worker"  # what runs a step's tensors
+
+
+class RegionConfig(_Frozen):
+    """Replicas in one region."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9-]*[a-z0-9])?$")]
+    replicas: Count = 1
+
+
+class AuthConfig(_Frozen):
+    """API keys, never in the clear: SHA-256 hex digests, or a file with one key a line (mode 0600).
+
+    With neither, the default key file is used, and created with a fresh key on first use.
+    """
+
+    key_sha256: tuple[str, ...] = ()
+    key_file: str | None = None
+
+    @field_validator("key_sha256")
+    @classmethod
+    def _is_digest(cls, digests: tuple[str, ...]) -> tuple[str, ...]:
+        for digest in digests:
+            if not re.fullmatch(r"[0-9a-f]{64}", digest):
+                raise ValueError("give the SHA-256 hex digest of the key (64 characters), never the key itself")
+        return digests
+
+
+class IngressConfig(_Frozen):
+    replicas: Count = 1
+    max_body_bytes: Count = 4 << 20
+    request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    auth: AuthConfig = AuthConfig()
+
+
+class RoutingConfig(_Frozen):
+    """Queueing when no replica has headroom, and pretend round trips between regions."""
+
+    max_waiting_requests: Annotated[int, Field(ge=0)] = 1024
+    max_wait_s: Annotated[float, Field(gt=0)] = 60.0
+    pretend_rtt: bool = False  # wait the cluster map's round trips for real
+
+
+class TracingConfig(_Frozen):
+    exporter: Literal["none", "console", "otlp"] = "none"
+    endpoint: str | None = None  # OTLP over HTTP, e.g. http://127.0.0.1:4318/v1/traces
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
+class SearoomConfig(_Frozen):
+    """Everything `serving.app:build` needs to make the application."""
+
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    regions: tuple[RegionConfig, ...] = (RegionConfig(name=DEFAULT_REGION),)
+    home_region: str | None = None  # where Ingress and Router stand; default: the first region
+    pin_regions: bool = False  # place by the node label ray.io/availability-region
+    cluster_file: str | None = None
+    cluster_map: ClusterMap | None = None
+    ingress: IngressConfig = IngressConfig()
+    routing: RoutingConfig = RoutingConfig()
+    tracing: TracingConfig = TracingConfig()
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _regions_agree(self) -> SearoomConfig:
+        names = [region.name for region in self.regions]
+        if not names:
+            raise ValueError("regions: name at least one region")
+        if len(set(names)) != len(names):
+            raise ValueError(f"regions: {names} names a region twice")
+        if self.home_region is not None and self.home_region not in names:
+            raise ValueError(f"home_region: {self.home_region!r} is not one of the regions {names}")
+        if len(names) > 1 and not self.pin_regions:
+            raise ValueError("pin_regions: must be true with several regions, or replicas land anywhere")
+        if self.cluster_file is not None and self.cluster_map is not None:
+            raise ValueError("cluster_file: give either a cluster_file or a cluster_map, not both")
+        return self
+
+    @property
+    def home(self) -> str:
+        return self.home_region or self.regions[0].name
+
+
+def parse_config(args: dict[str, Any], source: str) -> SearoomConfig:
+    """The config in `args`; raises ConfigError naming `source`, the key and the fix."""
+    try:
+        return SearoomConfig.model_validate(args)
+    except ValidationError as invalid:
+        raise ConfigError(_explain(invalid, source)) from invalid
+
+
+def read_config(path: Path) -> SearoomConfig:
+    """The config in a YAML file: either our keys at the top, or a Serve config with our `args`."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError as missing:
+        raise ConfigError(f"{path}: there is no such file") from missing
+    except yaml.YAMLError as broken:
+        raise ConfigError(f"{path}: not valid YAML: {broken}") from broken
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must hold a mapping of keys")
+    if "applications" in content:
+        content = application_of(content, path).get("args") or {}
+    return parse_config(content, str(path))
+
+
+def application_of(serve_config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The one application of ours in a Serve config."""
+    applications = serve_config.get("applications")
+    if not isinstance(applications, list) or not all(isinstance(app, dict) for app in applications):
+        raise ConfigError(f"{path}: applications: must be a list of mappings")
+    ours = [app for app in applications if app.get("import_path") == "serving.app:build"]
+    if len(ours) != 1:
+        raise ConfigError(
+            f"{path}: applications: needs exactly one with import_path serving.app:build, found {len(ours)}"
+        )
+    return ours[0]
+
+
+def _explain(invalid: ValidationError, source: str) -> str:
+    lines = []
+    for error in invalid.errors():
+        key = ".".join(str(part) for part in error["loc"])
+        if error["type"] == "extra_forbidden":
+            lines.append(f"{source}: unknown key {key!r}: remove it, or check its spelling")
+        else:
+            message = error["msg"].removeprefix("Value error, ")
+            lines.append(f"{source}: {key + ': ' if key else ''}{message}")
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""Every alpha or private API of Ray that Searoom uses, and nothing else. Ray is pinned to 2.60.
+
+What is private here, each with a test that fails when Ray changes it:
+- `RequestRouter._choose_replica_for_request`, overridden so that a call goes to one named replica
+  or raises `ReplicaGone`. Serve by itself waits for a replica, or sends the call to another.
+- `DeploymentHandle._init(_run_router_in_separate_loop=...)`: the handle's router shares our event
+  loop, which saves two thread hops a call.
+- `handle.options(_by_reference=False)`: gRPC between replicas instead of actor calls.
+- `handle._router._asyncio_router.request_router.curr_replicas`: Serve's running set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+
+from serving.errors import ReplicaGone
+
+GONE = (RayActorError, RayServeException, grpc.aio.AioRpcError, DeploymentUnavailableError)
+PINNED_ROUTER = "serving.ray_compat:PinnedRouter"
+
+
+class PinnedRouter(RequestRouter):
+    """Sends a call to the replica its handle's session id names; with none, to any replica."""
+
+    async def _choose_replica_for_request(
+        self, pending_request: PendingRequest, *, is_retry: bool = False
+    ) -> RunningReplica:
+        wanted = pending_request.metadata.session_id
+        for replica in self._replicas_list:
+            if replica.replica_id.unique_id == wanted and not is_retry:
+                return replica
+        # A retry means that the replica could not be reached, or turned the call away.
+        raise ReplicaGone(wanted)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        return [candidate_replicas]
+
+
+class PinnedHandle:
+    """A deployment's replicas, each called by its id. Made inside a running event loop."""
+
+    def __init__(self, deployment: str, application: str) -> None:
+        self._handle = _connect(deployment, application)
+
+    def running(self) -> frozenset[str]:
+        """Ids of the replicas in Serve's running set, as this process knows it now."""
+        router = self._handle._router._asyncio_router.request_router
+        if router is None:
+            return frozenset()
+        return frozenset(replica.unique_id for replica in router.curr_replicas)
+
+    async def call(self, replica_id: str, method: str, *args: Any) -> Any:
+        """Call a method of that replica. Raises ReplicaGone when it is not there or dies meanwhile."""
+        handle = self._handle.options(method_name=method, session_id=replica_id)
+        try:
+            return await handle.remote(*args)
+        except GONE as error:
+            raise ReplicaGone(replica_id) from error
+
+    async def stream(self, replica_id: str, method: str, *args: Any) -> AsyncIterator[Any]:
+        """Items of that replica's generator method. Raises ReplicaGone likewise."""
+        handle = self._handle.options(method_name=method, session_id=replica_id, stream=True)
+        response = handle.remote(*args)
+        try:
+            async for item in response:
+                yield item
+        except GONE as error:
+            raise ReplicaGone(replica_id) from error
+        finally:
+            response.cancel()
+
+
+class ServiceHandle:
+    """A deployment any of whose replicas may answer: the Router, seen from Ingress and replicas."""
+
+    def __init__(self, deployment: str, application: str) -> None:
+        self._handle = _connect(deployment, application)
+        self._name = deployment
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """Raises ReplicaGone when the one that took the call dies."""
+        try:
+            return await self._handle.options(method_name=method).remote(*args)
+        except GONE as error:
+            raise ReplicaGone(self._name) from error
+
+    async def stream(self, method: str, *args: Any) -> AsyncIterator[Any]:
+        response = self._handle.options(method_name=method, stream=True).remote(*args)
+        try:
+            async for item in response:
+                yield item
+        except GONE as error:
+            raise ReplicaGone(self._name) from error
+        finally:
+            response.cancel()
+
+
+def _connect(deployment: str, application: str) -> DeploymentHandle:
+    handle = serve.get_deployment_handle(deployment, application)
+    if not handle.is_initialized:
+        handle._init(_run_router_in_separate_loop=False)
+    return handle.options(_by_reference=False)
+
+
+def replica_id() -> str:
+    """This replica's id, as `PinnedHandle` names it."""
+    return serve.get_replica_context().replica_id.unique_id
+
+
+def application_name() -> str:
+    return serve.get_replica_context().app_name
