@@ -41,7 +41,7 @@ class EngineConfig(_Frozen):
     accelerator: str | None = None  # value of Ray's accelerator-type label, e.g. "H100"
     block_tokens: Count = 16
     kv_blocks: Count | None = None  # default: sized from measured free memory
-    kv_memory_bytes: Count = 1 << 30  # cap of that measure on CPU
+    kv_memory_bytes: Count | None = None  # cap of that measure; default: 1 GiB on CPU, none on a GPU
     max_num_seqs: Count = 64
     max_step_tokens: Count = 512
     threads: Count | None = None  # a rank; default: cores // ranks on the node
@@ -69,7 +69,9 @@ class AuthConfig(_Frozen):
     def _is_digest(cls, digests: tuple[str, ...]) -> tuple[str, ...]:
         for digest in digests:
             if not re.fullmatch(r"[0-9a-f]{64}", digest):
-                raise ValueError("give the SHA-256 hex digest of the key (64 characters), never the key itself")
+                raise ValueError(
+                    "give the SHA-256 hex digest of the key (64 characters), never the key itself"
+                )
         return digests
 
 

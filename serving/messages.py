@@ -18,7 +18,7 @@ import msgspec
 
 from cluster.load import ReplicaLoad
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "abort", "error", "lost"]  # lost: its replica is dying
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ What is private here, each with a test that fails when Ray changes it:
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
@@ -19,9 +19,11 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.metrics import Counter, Gauge, Histogram
 from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
 
 from serving.errors import ReplicaGone
+from serving.metrics import Series, Tags
 
 GONE = (RayActorError, RayServeException, grpc.aio.AioRpcError, DeploymentUnavailableError)
 PINNED_ROUTER = "serving.ray_compat:PinnedRouter"
@@ -119,3 +121,26 @@ def replica_id() -> str:
 
 def application_name() -> str:
     return serve.get_replica_context().app_name
+
+
+class RayMeter:
+    """A `metrics.Meter` whose series are Ray's, and so on Ray's Prometheus endpoint as `ray_searoom_...`."""
+
+    def __init__(self, series: Sequence[Series]) -> None:
+        self._counters = {s.name: Counter(s.name, s.description, s.tags) for s in series if s.kind == "counter"}
+        self._gauges = {s.name: Gauge(s.name, s.description, s.tags) for s in series if s.kind == "gauge"}
+        self._histograms = {
+            s.name: Histogram(s.name, s.description, list(s.boundaries), s.tags)
+            for s in series
+            if s.kind == "histogram"
+        }
+
+    def add(self, series: Series, amount: float, tags: Tags) -> None:
+        if amount:  # Ray takes no zero
+            self._counters[series.name].inc(amount, dict(tags))
+
+    def set(self, series: Series, value: float, tags: Tags) -> None:
+        self._gauges[series.name].set(value, dict(tags))
+
+    def observe(self, series: Series, value: float, tags: Tags) -> None:
+        self._histograms[series.name].observe(value, dict(tags))

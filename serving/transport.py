@@ -49,18 +49,17 @@ class Coalescer(Generic[Item, Reply]):
             self._pump = None
 
     async def _send_batch(self, batch: list[tuple[Item, asyncio.Future[Reply]]]) -> None:
-        call = asyncio.ensure_future(self._call([item for item, _ in batch]))
-        await asyncio.wait([call])  # never raises, so one failed call cannot end the pump
-        error = asyncio.CancelledError() if call.cancelled() else call.exception()
-        if error is None and len(call.result()) != len(batch):
-            error = RuntimeError(f"{len(call.result())} replies to {len(batch)} messages")
+        # Gathered as a value, so that one failed call fails its own items and cannot end the pump.
+        (outcome,) = await asyncio.gather(self._call([item for item, _ in batch]), return_exceptions=True)
+        if not isinstance(outcome, BaseException) and len(outcome) != len(batch):
+            outcome = RuntimeError(f"{len(outcome)} replies to {len(batch)} messages")
         for index, (_, future) in enumerate(batch):
             if future.done():  # its sender has given up
                 continue
-            if error is not None:
-                future.set_exception(error)
+            if isinstance(outcome, BaseException):
+                future.set_exception(outcome)
             else:
-                future.set_result(call.result()[index])
+                future.set_result(outcome[index])
 
 
 class Stream(Generic[Item]):
@@ -79,10 +78,6 @@ class Stream(Generic[Item]):
         """What was put is still delivered; then the stream ends."""
         self._closed = True
         self._ready.set()
-
-    @property
-    def drained(self) -> bool:
-        return not self._items
 
     async def batches(self) -> AsyncIterator[list[Item]]:
         while True:
@@ -115,11 +110,6 @@ class Outbox(Generic[Item]):
     def close_all(self) -> None:
         for stream in self._streams.values():
             stream.close()
-
-    @property
-    def drained(self) -> bool:
-        """Nothing is left undelivered."""
-        return all(stream.drained for stream in self._streams.values())
 
     async def consume(self, consumer_id: str) -> AsyncIterator[list[Item]]:
         """Batches for this consumer until its stream is closed. The caller sees the end in `finally`."""

@@ -1,0 +1,140 @@
+"""The `searoom` command: `up`, `down`, `status`, `chat`, `deploy`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+import yaml
+from rich.console import Console
+
+from serving import running
+from serving.app import build
+from serving.auth import load_key
+from serving.chat import stream_answer
+from serving.config import application_of, parse_config
+from serving.deploy import deploy_application
+from serving.errors import ConfigError, SearoomError
+from serving.status import print_status
+from serving.up import UpOptions, run_up
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+KeyOption = Annotated[
+    str | None, typer.Option("--api-key", envvar="SEAROOM_API_KEY", help="Use this key, not the key file's.")
+]
+
+
+@app.command()
+def up(
+    model: Annotated[str, typer.Option(help="A folder, a .gguf file or a hub id.")] = "embedded",
+    regions: Annotated[str | None, typer.Option(help="Pretend regions, e.g. us-east,eu-west.")] = None,
+    home_region: Annotated[str | None, typer.Option(help="Where Ingress stands. Default: the first.")] = None,
+    replicas_per_region: Annotated[int | None, typer.Option(min=1)] = None,
+    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks a replica.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    kv_blocks: Annotated[
+        int | None, typer.Option(min=1, help="KV blocks a replica. Default: measured.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port of the endpoint.")] = 8000,
+    dashboard_port: Annotated[int, typer.Option(min=1, max=65535)] = 8265,
+    address: Annotated[str | None, typer.Option(help="Join this Ray cluster; do not start one.")] = None,
+    cluster_file: Annotated[
+        Path | None, typer.Option(help="Regions, fabrics and round trips (YAML).")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A config file; flags go over it.")] = None,
+    api_key: KeyOption = None,
+) -> None:
+    """Start a cluster on this machine, serve a model, and stay until Ctrl-C."""
+    run_up(
+        UpOptions(
+            model=model if model != "embedded" else None,
+            regions=tuple(name.strip() for name in regions.split(",")) if regions else None,
+            home_region=home_region,
+            replicas_per_region=replicas_per_region,
+            tp=tp,
+            dtype=dtype,
+            kv_blocks=kv_blocks,
+            port=port,
+            dashboard_port=dashboard_port,
+            address=address,
+            cluster_file=cluster_file,
+            config=config,
+            api_key=api_key,
+        ),
+        console,
+    )
+
+
+@app.command()
+def down() -> None:
+    """Take down what `searoom up` runs on this machine."""
+    cluster = running.require()
+    os.kill(cluster.pid, signal.SIGTERM)
+    with console.status("taking the cluster down"):
+        deadline = time.monotonic() + 60
+        while cluster.alive():
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"process {cluster.pid} has not ended within 60 s; end it with: kill {cluster.pid}"
+                )
+            time.sleep(0.1)
+    console.print("down")
+
+
+@app.command()
+def status(api_key: KeyOption = None) -> None:
+    """Show regions, replicas, KV headroom, requests in flight, and the replicas needed."""
+    print_status(running.require().endpoint, api_key or load_key(), console)
+
+
+@app.command()
+def chat(
+    prompt: str,
+    api_key: KeyOption = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, max=2)] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+) -> None:
+    """Stream an answer in the terminal."""
+    cluster = running.require()
+    wanted = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    controls = {name: value for name, value in wanted.items() if value is not None}
+    for piece in stream_answer(cluster.endpoint, api_key or load_key(), cluster.model, prompt, controls):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def deploy(config: Path) -> None:
+    """Deploy a Serve config of ours to the running Ray cluster; for use in `ray job submit`."""
+    try:
+        serve_config = yaml.safe_load(config.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{config}: cannot be read: {error}") from error
+    if not isinstance(serve_config, dict):
+        raise ConfigError(f"{config}: must hold a mapping of keys")
+    application = application_of(serve_config, config)
+    args = application.get("args") or {}
+    parse_config(args, str(config))
+    deploy_application(build(args), serve_config, application, console)
+
+
+def main() -> None:
+    """Entry point; every error of ours is one line on stderr and exit status 1."""
+    try:
+        app()
+    except SearoomError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
+        sys.exit(1)
+    except httpx.ConnectError:
+        Console(stderr=True).print("[bold red]error:[/] the endpoint does not answer; see: searoom status")
+        sys.exit(1)

@@ -1,0 +1,220 @@
+"""The engine: schedule, run, publish. It knows token ids and blocks, not text, HTTP or tensors.
+
+    submit, abort, drain, load ── any thread ──┐
+                                               ├─ one short lock ── Scheduler
+    step: schedule ─► execute ─► complete ─────┘
+                      (unlocked)
+
+Every accepted request ends with exactly one delta that has a finish reason, whatever happens.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from cluster.load import ReplicaLoad
+from serving.engine.executor import Executor
+from serving.engine.scheduled_step import ScheduledStep, build_plan
+from serving.engine.scheduler import Scheduler
+from serving.engine.sequence import Sequence as EngineSequence
+from serving.engine.step_time import StepShape, StepTimeModel
+from serving.messages import Refused, SequenceDelta, StepFrame, StepStats, Submit, SubmitReply
+
+IDLE_INTERVAL_S = 30.0
+STOPPED = "the engine has stopped"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineIdentity:
+    """How load reports name this engine. `epoch` changes when its process does."""
+
+    replica_id: str
+    model: str
+    region: str
+    epoch: int
+
+
+class Engine:
+    """Thread-safe; `step` and `run` belong to one thread, the step thread. `clock` gives seconds."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        step_time: StepTimeModel,
+        identity: EngineIdentity,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._scheduler = scheduler
+        self._executor = executor
+        self._step_time = step_time
+        self._identity = identity
+        self._clock = clock
+        self._block_tokens = scheduler.pool.block_tokens
+        self._wake = threading.Condition(threading.Lock())  # guards everything below, and the scheduler
+        self._is_stale = True  # the load has changed since the last frame, with no step to tell it
+        self._is_draining = False
+        self._is_stopping = False
+        self._is_closed = False
+        self._last_step = 0
+        self._last_report = 0
+
+    # ---- any thread -----------------------------------------------------------------------------
+
+    def submit(self, submits: Sequence[Submit]) -> list[SubmitReply]:
+        """Reserve and queue each request, or refuse it; answers in the same order.
+
+        A duplicate of a live id and an empty prompt are refused for good.
+        """
+        sequences = [EngineSequence.from_submit(submit, self._block_tokens) for submit in submits]
+        with self._wake:
+            if self._is_closed:
+                return [
+                    Refused(request_id=submit.request_id, headroom_blocks=0, why=STOPPED)
+                    for submit in submits
+                ]
+            now_s = self._clock()
+            replies = [self._scheduler.reserve(sequence, now_s) for sequence in sequences]
+            self._wake.notify()
+            return replies
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        """End these requests with "abort" in one of the next frames; ids not live are ignored."""
+        with self._wake:
+            for request_id in request_ids:
+                self._scheduler.abort(request_id)
+            self._wake.notify()
+
+    def load(self) -> ReplicaLoad:
+        """The load at this instant, as the next report in sequence."""
+        with self._wake:
+            return self._report()
+
+    def drain(self) -> None:
+        """Say in load reports that no more work should come. What comes nevertheless is served."""
+        with self._wake:
+            self._is_draining = self._is_stale = True
+            self._wake.notify()
+
+    def stop(self) -> None:
+        """Make `run` end after the step in flight; what is unfinished then ends as lost."""
+        with self._wake:
+            self._is_stopping = True
+            self._wake.notify()
+
+    def check_integrity(self) -> None:
+        with self._wake:
+            self._scheduler.check_integrity()
+
+    # ---- the step thread ------------------------------------------------------------------------
+
+    def step(self) -> StepFrame | None:
+        """Schedule, run, sample, and return the news; None when there is nothing to do or to tell."""
+        started_s = self._clock()
+        with self._wake:
+            step = self._scheduler.schedule(started_s)
+            if step is None:
+                return self._frame_without_step()
+        plan, sampling = build_plan(step, self._block_tokens)
+        scheduled_s = self._clock()
+        token_ids = self._executor.execute(plan, sampling)
+        with self._wake:
+            finished_s = self._clock()
+            deltas = self._scheduler.complete(step, token_ids, finished_s)
+            stats = self._observe(step, started_s, scheduled_s, finished_s)
+            return self._frame(step.number, deltas, stats)
+
+    def run(self, publish: Callable[[StepFrame], None], idle: Callable[[], None] | None = None) -> None:
+        """Step and publish until `stop`, asleep while there is nothing to do.
+
+        `idle` is called whenever 30 s pass without work, for a keep-alive among ranks. However this
+        ends, an error of the executor included (which is raised), every live request is told so.
+        """
+        try:
+            while self._wait_for_work(idle):
+                frame = self.step()
+                if frame is not None:
+                    publish(frame)
+        finally:
+            publish(self._close())
+
+    def _wait_for_work(self, idle: Callable[[], None] | None) -> bool:
+        """Sleep until there is something to do; False when it is to stop."""
+        while True:
+            with self._wake:
+                has_work = self._wake.wait_for(
+                    lambda: self._is_stopping or self._is_stale or self._scheduler.has_work,
+                    timeout=None if idle is None else IDLE_INTERVAL_S,
+                )
+                if has_work:
+                    return not self._is_stopping
+            if idle is not None:
+                idle()
+
+    def _close(self) -> StepFrame:
+        with self._wake:
+            self._is_closed = self._is_draining = True
+            return self._frame(self._last_step, self._scheduler.end_all("lost", STOPPED), None)
+
+    # ---- frames; the lock is held ---------------------------------------------------------------
+
+    def _frame_without_step(self) -> StepFrame | None:
+        deltas = self._scheduler.take_ends()
+        return self._frame(self._last_step, deltas, None) if deltas or self._is_stale else None
+
+    def _frame(self, step: int, deltas: tuple[SequenceDelta, ...], stats: StepStats | None) -> StepFrame:
+        self._last_step = step
+        self._is_stale = False
+        report = self._report()
+        return StepFrame(
+            step=step, deltas=deltas, load=report, stats=stats, next_step_ms=self._next_step_ms(report)
+        )
+
+    def _report(self) -> ReplicaLoad:
+        self._last_report += 1
+        return ReplicaLoad(
+            **msgspec.structs.asdict(self._scheduler.load()),
+            replica_id=self._identity.replica_id,
+            model=self._identity.model,
+            region=self._identity.region,
+            epoch=self._identity.epoch,
+            sequence=self._last_report,
+            step=self._step_time.coefficients,
+            max_step_tokens=self._scheduler.limits.max_step_tokens,
+            draining=self._is_draining,
+        )
+
+    def _next_step_ms(self, report: ReplicaLoad) -> float:
+        """Prediction for the fullest step that could come next; 0 when nothing is live."""
+        if report.num_running + report.num_waiting == 0:
+            return 0.0
+        tokens = min(report.max_step_tokens, report.num_running + report.prefill_backlog_tokens)
+        return self._step_time.predict_ms(tokens, report.decode_kv_tokens + tokens)
+
+    def _observe(
+        self, step: ScheduledStep, started_s: float, scheduled_s: float, finished_s: float
+    ) -> StepStats:
+        """Teach the step-time model this step, and say what was expected of it before."""
+        shape = StepShape.of(step)
+        predicted_ms = self._step_time.predict_ms(shape.tokens, shape.kv_tokens)
+        step_ms = (finished_s - started_s) * 1e3
+        if step_ms > 0:  # a coarse clock may not have moved
+            self._step_time.observe(shape.tokens, shape.kv_tokens, step_ms)
+        return StepStats(
+            step_ms=step_ms,
+            predicted_ms=predicted_ms,
+            schedule_ms=(scheduled_s - started_s) * 1e3,
+            batch_size=len(step.chunks),
+            prefill_tokens=step.prefill_tokens,
+            decode_tokens=step.decode_tokens,
+            flops=self._step_time.flops(shape),
+            bytes_moved=self._step_time.bytes_moved(shape),
+            num_preemptions=step.num_preemptions,
+            prefix_hit_tokens=step.prefix_hit_tokens,
+            prefix_query_tokens=step.prefix_query_tokens,
+        )

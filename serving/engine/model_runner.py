@@ -1,0 +1,52 @@
+"""One rank's model and its KV cache: a step's plan in, logits out."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.paged_attention import plan_attention
+from serving.engine.plan import StepPlan
+from serving.models.llama import Llama
+
+
+def allocate_kv_cache(model: Llama, num_blocks: int, block_tokens: int, device: torch.device) -> torch.Tensor:
+    """An empty cache [layers, 2, num_blocks, K, block_tokens, D] of this rank's heads.
+
+    Not initialised: attention never reads a slot that was not written, and untouched pages of a
+    pool on CPU cost no memory.
+    """
+    shape = (model.spec.num_layers, 2, num_blocks, model.num_kv_heads, block_tokens, model.spec.head_dim)
+    return torch.empty(shape, dtype=model.dtype, device=device)
+
+
+class ModelRunner:
+    """Runs plans whose slots and block tables lie within `kv_cache`."""
+
+    def __init__(self, model: Llama, kv_cache: torch.Tensor) -> None:
+        self._model = model
+        self._layer_caches = list(kv_cache)
+        self._device = kv_cache.device
+
+    @torch.inference_mode()
+    def hidden(self, plan: StepPlan) -> torch.Tensor:
+        """Run `plan`'s tokens; returns hidden states [S, d] of the rows whose logits are wanted."""
+        batch = plan_attention(
+            plan.slot_mapping,
+            plan.query_start,
+            plan.context_lens,
+            plan.block_tables,
+            cache=self._layer_caches[0],
+            dtype=self._model.dtype,
+        )
+        hidden = self._model.forward(
+            torch.from_numpy(plan.token_ids).to(self._device),
+            torch.from_numpy(plan.positions).to(self._device),
+            self._layer_caches,
+            batch,
+        )
+        return hidden.index_select(0, torch.from_numpy(plan.logits_rows).to(self._device))
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> torch.Tensor:
+        """Run `plan`; returns its float32 logits [S, V]. Rank 0 only."""
+        return self._model.logits(self.hidden(plan))

@@ -1,0 +1,99 @@
+"""What the scheduler chose for one step, and its translation into arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.sequence import Sequence
+
+UINT64_MASK = 2**64 - 1
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens `start : start + num_tokens` of a sequence, with blocks allocated for them."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    is_decode: bool
+    wants_token: bool  # it reaches the sequence's last token, so a next one is drawn
+
+    @property
+    def end(self) -> int:
+        """The sequence's context length after the chunk."""
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """A step's chunks, one a sequence, with what was done to make room for them."""
+
+    number: int
+    chunks: tuple[Chunk, ...]
+    num_preemptions: int
+    prefix_hit_tokens: int  # of the prompts admitted in this step
+    prefix_query_tokens: int
+
+    @property
+    def decode_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks if chunk.is_decode)
+
+    @property
+    def prefill_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks if not chunk.is_decode)
+
+
+def build_plan(step: ScheduledStep, block_tokens: int) -> tuple[StepPlan, SamplingBatch]:
+    """The arrays of `step`; their layout is told in `plan.py`. A pure function of it."""
+    chunks = step.chunks
+    counts = np.array([chunk.num_tokens for chunk in chunks], dtype=np.int32)
+    starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
+    context_lens = starts + counts
+    query_start = np.zeros(len(chunks) + 1, dtype=np.int32)
+    np.cumsum(counts, out=query_start[1:])
+
+    width = -(-int(context_lens.max()) // block_tokens)
+    block_tables = np.zeros((len(chunks), width), dtype=np.int32)
+    token_ids = np.empty(query_start[-1], dtype=np.int32)
+    row = 0
+    for index, chunk in enumerate(chunks):
+        # No view outlives its line: an array.array with a view on it cannot grow.
+        table = np.frombuffer(chunk.sequence.block_table, dtype=np.int32)[:width]
+        block_tables[index, : len(table)] = table
+        tokens = np.frombuffer(chunk.sequence.token_ids, dtype=np.int32)
+        token_ids[row : row + chunk.num_tokens] = tokens[chunk.start : chunk.end]
+        row += chunk.num_tokens
+    del table, tokens
+
+    sequence_of = np.repeat(np.arange(len(chunks), dtype=np.int32), counts)
+    positions = np.arange(len(token_ids), dtype=np.int32) + (starts - query_start[:-1])[sequence_of]
+    slots = block_tables[sequence_of, positions // block_tokens] * block_tokens + positions % block_tokens
+    wants_token = np.array([chunk.wants_token for chunk in chunks], dtype=bool)
+    plan = StepPlan(
+        token_ids=token_ids,
+        positions=positions,
+        slot_mapping=slots,
+        query_start=query_start,
+        context_lens=context_lens,
+        block_tables=block_tables,
+        logits_rows=query_start[1:][wants_token] - 1,
+    )
+    return plan, _sampling_batch([chunk for chunk in chunks if chunk.wants_token])
+
+
+def _sampling_batch(chunks: list[Chunk]) -> SamplingBatch:
+    params = [chunk.sequence.sampling for chunk in chunks]
+    return SamplingBatch(
+        temperature=np.array([p.temperature for p in params], dtype=np.float32),
+        # Wider integers than the arrays hold mean the same here: no limit, and a seed modulo 2^64.
+        top_k=np.array([min(p.top_k, INT32_MAX) for p in params], dtype=np.int32),
+        top_p=np.array([p.top_p for p in params], dtype=np.float32),
+        min_p=np.array([p.min_p for p in params], dtype=np.float32),
+        seed=np.array([p.seed & UINT64_MASK for p in params], dtype=np.uint64),
+        position=np.array([chunk.end for chunk in chunks], dtype=np.int32),
+    )

@@ -1,0 +1,353 @@
+"""Who computes what in the next step: one token budget, decodes first, prefill chunks in the rest.
+
+A pure state machine: requests and sampled tokens in, steps and deltas out; no clock, no tensors.
+
+    reserve ──► waiting ──admit──► running ──complete──► deltas, the last with a finish reason
+                   └──◄── preempt ────┘
+
+- A request is accepted when its reservation fits beside all outstanding ones. Prefix blocks that it
+  matches are held from then on; the rest of the reservation turns into blocks as they are allocated.
+- Waiting sequences are admitted strictly in (priority, arrival) order, and get blocks for all their
+  known tokens at once: only decodes grow, so a prefill never runs out of blocks half-way.
+- When a decode finds no block, holds of waiting sequences go first, then the running sequence with
+  the least computed work in the lowest priority class is preempted: its blocks are released (still
+  cached until reallocated) and it computes again what it then lacks. Nobody is preempted a second
+  time before it has won a token, so the preemptions are finite and everyone finishes.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.engine.block_pool import BlockPool
+from serving.engine.holdings import Holdings
+from serving.engine.scheduled_step import Chunk, ScheduledStep
+from serving.engine.sequence import Sequence, SequenceState
+from serving.messages import Accepted, FinishReason, Refused, SequenceDelta, SubmitReply
+
+NOT_FINITE = "the model's logits were not finite"
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    max_num_seqs: int
+    max_step_tokens: int
+    max_context_tokens: int
+
+    def __post_init__(self) -> None:
+        assert min(self.max_num_seqs, self.max_step_tokens, self.max_context_tokens) > 0
+
+
+class LoadFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """The scheduler's part of a ReplicaLoad; the fields mean the same there."""
+
+    last_submission: int
+    blocks_total: int
+    blocks_free: int
+    blocks_evictable: int
+    blocks_reserved: int
+    num_running: int
+    num_waiting: int
+    prefill_backlog_tokens: int
+    decode_kv_tokens: int
+
+
+class Scheduler:
+    """Not thread-safe. `schedule` and `complete` alternate; the rest may be called in between."""
+
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+        self.pool = pool
+        self.limits = limits
+        self._holdings = Holdings(pool)
+        self._live: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []  # both sorted by Sequence.order
+        self._running: list[Sequence] = []
+        self._ends: dict[str, SequenceDelta] = {}  # aborted between steps, not yet told
+        self._last_arrival = 0
+        self._step_number = 0
+        self._in_flight: ScheduledStep | None = None
+
+    @property
+    def has_work(self) -> bool:
+        """Somebody is still to be told something."""
+        return bool(self._live or self._ends)
+
+    # ---- requests in ----------------------------------------------------------------------------
+
+    def reserve(self, sequence: Sequence, now_s: float) -> SubmitReply:
+        """Accept `sequence` and queue it, or refuse it. Accepted ones finish exactly once."""
+        why = self._never(sequence)
+        if why is not None:
+            return self._refused(sequence, why, permanent=True)
+        cost, headroom = self._holdings.cost_blocks(sequence), self._holdings.headroom_blocks
+        if cost > headroom:
+            return self._refused(sequence, f"{cost} blocks are asked for, {headroom} are left")
+        self._last_arrival += 1
+        sequence.arrival = self._last_arrival
+        sequence.accepted_s = now_s
+        self._live[sequence.request_id] = sequence
+        self._holdings.open(sequence)
+        insort(self._waiting, sequence, key=_order)
+        return Accepted(
+            request_id=sequence.request_id,
+            submission=sequence.arrival,
+            reserved_blocks=cost,
+            matched_blocks=len(sequence.block_table),
+        )
+
+    def abort(self, request_id: str) -> bool:
+        """End a request; its delta comes with the next ones. False when it is not here any more.
+
+        Blocks that a step in flight writes to are released only when that step completes.
+        """
+        sequence = self._live.get(request_id)
+        if sequence is None or sequence.is_aborted:
+            return False
+        step = self._in_flight
+        if step is not None and any(chunk.sequence is sequence for chunk in step.chunks):
+            sequence.is_aborted = True
+        else:
+            self._ends[request_id] = self._finish(sequence, "abort")
+        return True
+
+    # ---- steps out ------------------------------------------------------------------------------
+
+    def schedule(self, now_s: float) -> ScheduledStep | None:
+        """The next step, or None when nothing is waiting or running."""
+        assert self._in_flight is None, "complete the step before"
+        budget = self.limits.max_step_tokens
+        num_preemptions = self._grow_decodes()
+        decodes = [sequence for sequence in self._running if sequence.is_decoding]
+        prefills = [sequence for sequence in self._running if not sequence.is_decoding]
+        chunks: list[Chunk] = []
+        for sequence in (*decodes, *prefills)[:budget]:
+            if budget > 0:
+                chunks.append(_chunk(sequence, budget))
+                budget -= chunks[-1].num_tokens
+        hits = queries = 0
+        while budget > 0 and (admitted := self._admit_next()) is not None:
+            if admitted.admitted_s is None:
+                admitted.admitted_s = now_s
+                admitted.cached_tokens = admitted.num_computed
+                hits += admitted.num_computed
+                queries += admitted.num_tokens
+            chunks.append(_chunk(admitted, budget))
+            budget -= chunks[-1].num_tokens
+        if not chunks:
+            assert not self._live, "live sequences, and no step for them"
+            return None
+        self._step_number += 1
+        self._in_flight = ScheduledStep(self._step_number, tuple(chunks), num_preemptions, hits, queries)
+        return self._in_flight
+
+    def complete(
+        self, step: ScheduledStep, token_ids: NDArray[np.int32], now_s: float
+    ) -> tuple[SequenceDelta, ...]:
+        """Take in the step's drawn tokens, one a chunk that wants one, -1 for logits not finite.
+
+        A stop token is part of its sequence's delta. Returns the news of every request that has
+        some, those aborted meanwhile included.
+        """
+        assert step is self._in_flight
+        self._in_flight = None
+        drawn = iter(token_ids.tolist())
+        deltas = []
+        for chunk in step.chunks:
+            token_id = next(drawn) if chunk.wants_token else None
+            chunk.sequence.num_computed = chunk.end
+            delta = self._advance(chunk.sequence, token_id, now_s)
+            if delta is not None:
+                deltas.append(delta)
+        return (*deltas, *self.take_ends())
+
+    def take_ends(self) -> tuple[SequenceDelta, ...]:
+        """The deltas of requests that ended between steps; each is given out once."""
+        ends = tuple(self._ends.values())
+        self._ends.clear()
+        return ends
+
+    def end_all(self, reason: FinishReason, why: str) -> tuple[SequenceDelta, ...]:
+        """End every request, whatever is in flight: for an engine that goes on no more."""
+        self._in_flight = None
+        ended = [self._finish(sequence, reason, why) for sequence in list(self._live.values())]
+        return (*self.take_ends(), *ended)
+
+    # ---- facts ----------------------------------------------------------------------------------
+
+    def load(self) -> LoadFigures:
+        decoding = [sequence for sequence in self._running if sequence.is_decoding]
+        uncomputed = sum(sequence.num_uncomputed for sequence in self._live.values())
+        return LoadFigures(
+            last_submission=self._last_arrival,
+            blocks_total=self.pool.num_blocks,
+            blocks_free=self.pool.num_free,
+            blocks_evictable=self.pool.num_evictable,
+            blocks_reserved=self._holdings.outstanding_blocks,
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            prefill_backlog_tokens=uncomputed - len(decoding),
+            decode_kv_tokens=sum(sequence.num_tokens for sequence in decoding),
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that lists, block tables, reservations and the pool tell the same story."""
+        self._holdings.check_integrity(self._live.values())
+        assert all(sequence.state is SequenceState.WAITING for sequence in self._waiting)
+        assert all(sequence.state is SequenceState.RUNNING for sequence in self._running)
+        assert {*self._waiting, *self._running} == set(self._live.values())
+        assert len(self._waiting) + len(self._running) == len(self._live)
+        for queue in (self._waiting, self._running):
+            assert queue == sorted(queue, key=_order)
+        assert len(self._running) <= self.limits.max_num_seqs
+
+    # ---- admission ------------------------------------------------------------------------------
+
+    def _never(self, sequence: Sequence) -> str | None:
+        """Why this request can never run here, if so."""
+        tokens, limits = sequence.num_tokens, self.limits
+        if tokens == 0:
+            return "the prompt is empty"
+        if sequence.request_id in self._live or sequence.request_id in self._ends:
+            return "duplicate request id"
+        if tokens + 1 > limits.max_context_tokens:
+            return f"{tokens} prompt tokens leave no room in a context of {limits.max_context_tokens}"
+        if self.pool.blocks_for(tokens + 1) > self.pool.num_blocks:
+            return f"{tokens} prompt tokens are more than {self.pool.num_blocks} blocks can hold"
+        return None
+
+    def _refused(self, sequence: Sequence, why: str, permanent: bool = False) -> Refused:
+        return Refused(
+            request_id=sequence.request_id,
+            headroom_blocks=self._holdings.headroom_blocks,
+            why=why,
+            permanent=permanent,
+        )
+
+    def _admit_next(self) -> Sequence | None:
+        """Move the head of the line to running, with blocks for its known tokens; None if it must wait.
+
+        What running sequences were promised is kept for them: without that, one that was just
+        preempted would come back only to be preempted again.
+        """
+        if not self._waiting or len(self._running) == self.limits.max_num_seqs:
+            return None
+        head = self._waiting[0]
+        self._holdings.hold_prefix(head)
+        promised = sum(sequence.outstanding_blocks for sequence in self._running)
+        missing = self.pool.blocks_for(head.num_tokens) - len(head.block_table)
+        if not self._unpin_waiting(missing + promised, keep=head):
+            return None
+        self._holdings.allocate(head, missing)
+        self._waiting.pop(0)
+        head.state = SequenceState.RUNNING
+        insort(self._running, head, key=_order)
+        return head
+
+    # ---- blocks ---------------------------------------------------------------------------------
+
+    def _grow_decodes(self) -> int:
+        """A block for each decode whose last one is full; returns the preemptions that took."""
+        num_preemptions = 0
+        for sequence in [s for s in self._running if s.is_decoding]:
+            if sequence.num_tokens <= len(sequence.block_table) * self.pool.block_tokens:
+                continue
+            while sequence.state is SequenceState.RUNNING and not self._unpin_waiting(1):
+                self._preempt(self._choose_victim())
+                num_preemptions += 1
+            if sequence.state is SequenceState.RUNNING:
+                self._holdings.allocate(sequence, 1)
+        return num_preemptions
+
+    def _choose_victim(self) -> Sequence:
+        """Lowest priority class, then least computed work, then latest arrival.
+
+        There always is one: who needs a block has won a token since it was admitted.
+        """
+        candidates = [sequence for sequence in self._running if not sequence.is_protected]
+        return max(candidates, key=lambda s: (s.priority, -s.num_computed, s.arrival))
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._holdings.drop(sequence)
+        _remove(self._running, sequence)
+        sequence.state = SequenceState.WAITING
+        sequence.num_preemptions += 1
+        sequence.tokens_when_preempted = sequence.num_tokens
+        insort(self._waiting, sequence, key=_order)
+
+    def _unpin_waiting(self, needed_blocks: int, keep: Sequence | None = None) -> bool:
+        """Whether so many are available, if need be by releasing prefix holds of the last in line."""
+        if self.pool.num_available >= needed_blocks:
+            return True
+        for sequence in reversed(self._waiting):
+            if sequence.block_table and sequence is not keep:
+                self._holdings.drop(sequence)
+                if self.pool.num_available >= needed_blocks:
+                    return True
+        return False
+
+    # ---- progress -------------------------------------------------------------------------------
+
+    def _advance(self, sequence: Sequence, token_id: int | None, now_s: float) -> SequenceDelta | None:
+        """One sequence after its chunk has run; `token_id` is None where no token was wanted."""
+        if token_id is not None and token_id < 0:
+            self.pool.forget(sequence.block_table)  # its keys and values may be what went wrong
+            return self._finish(sequence, "error", NOT_FINITE)
+        self._holdings.register_full(sequence)
+        if sequence.is_aborted:
+            return self._finish(sequence, "abort")
+        if token_id is None:
+            return None
+        sequence.append(token_id)
+        times = sequence.times(now_s) if sequence.num_outputs == 1 else None
+        reason = self._reason_to_finish(sequence, token_id)
+        if reason is not None:
+            self._finish(sequence, reason)
+        return SequenceDelta(
+            request_id=sequence.request_id, token_ids=(token_id,), finish_reason=reason, times=times
+        )
+
+    def _reason_to_finish(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        if token_id in sequence.sampling.stop_token_ids:
+            return "stop"
+        is_full = (
+            sequence.num_outputs >= sequence.sampling.max_tokens
+            or sequence.num_tokens >= self.limits.max_context_tokens
+            or self.pool.blocks_for(sequence.num_tokens) > self.pool.num_blocks
+        )
+        return "length" if is_full else None
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> SequenceDelta:
+        self._holdings.close(sequence)
+        is_waiting = sequence.state is SequenceState.WAITING
+        _remove(self._waiting if is_waiting else self._running, sequence)
+        sequence.state = SequenceState.FINISHED
+        del self._live[sequence.request_id]
+        return SequenceDelta(
+            request_id=sequence.request_id,
+            finish_reason=reason,
+            error=error,
+        )
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.order
+
+
+def _remove(queue: list[Sequence], sequence: Sequence) -> None:
+    del queue[bisect_left(queue, sequence.order, key=_order)]
+
+
+def _chunk(sequence: Sequence, budget: int) -> Chunk:
+    num_tokens = min(budget, sequence.num_uncomputed)
+    return Chunk(
+        sequence=sequence,
+        start=sequence.num_computed,
+        num_tokens=num_tokens,
+        is_decode=sequence.is_decoding,
+        wants_token=num_tokens == sequence.num_uncomputed,
+    )

@@ -1,0 +1,227 @@
+"""One tensor-parallel rank: loads its shard, sizes its KV pool, runs the steps rank 0 plans.
+
+    rank 0:  execute(plan) ─ broadcast plan ─► run ─► sample ─► token ids
+    others:  follow()      ◄─ broadcast plan ─  run   (until the stop message)
+
+A message is int32 [_MESSAGE_INTS]: kind, length, then the plan's array; what does not fit follows in
+a second broadcast. Between steps the others sleep in the first broadcast; rank 0's `keep_alive`
+renews it before the group's timeout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import zlib
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from serving.engine.model_runner import ModelRunner, allocate_kv_cache
+from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.sampler import sample
+from serving.errors import ConfigError
+from serving.model_spec import ModelSpec
+from serving.models import ARCHITECTURES
+from serving.models.layers import Shard
+from serving.models.weights import open_weights
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DEFAULT_CPU_KV_BYTES = 1 << 30
+# Of free memory, what stays for activations, logits and the allocator.
+_ACTIVATION_SHARE = 0.1
+_MESSAGE_INTS = 8192
+_KEEP_ALIVE, _PLAN, _STOP = 0, 1, 2
+# A rank waits so long for a message or a sum; rank 0 keeps alive every minute at least.
+_GROUP_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOptions:
+    """What a rank is told at its start.
+
+    `kv_blocks` sets the pool's size; without it the pool takes measured free memory, at most
+    `kv_memory_bytes` a rank (None: 1 GiB on CPU, no limit on CUDA). `rendezvous` is rank 0's
+    "host:port", needed when `world_size` > 1. `dtype` "auto" is bfloat16 where the hardware
+    multiplies it natively, else float32.
+    """
+
+    weights: tuple[Path, ...]
+    spec: ModelSpec
+    dtype: DTypeName = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    block_tokens: int = 16
+    kv_blocks: int | None = None
+    kv_memory_bytes: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    rendezvous: str | None = None
+    num_threads: int = 1
+
+
+class Worker:
+    """A rank. Rank 0 is the engine's `Executor`; the others call `follow`.
+
+    Constructing it blocks until every rank is there. Raises ConfigError when the model does not
+    split over the ranks or the memory does not hold the KV pool, ModelFileError when the weights
+    cannot be read. One thread at a time may call it.
+    """
+
+    def __init__(self, options: WorkerOptions) -> None:
+        _check_split(options)
+        torch.set_num_threads(options.num_threads)
+        self._rank, self._world_size = options.rank, options.world_size
+        self._device = torch.device(options.device)
+        dtype = _resolve_dtype(options.dtype, self._device)
+        self.kv_dtype = str(dtype).removeprefix("torch.")
+        self._tensor_group = _join(options) if options.world_size > 1 else None
+        shard = Shard(options.rank, options.world_size, self._all_reduce)
+        source = open_weights(options.weights, options.spec, dtype)
+        model = ARCHITECTURES[options.spec.architecture](options.spec, source, self._device, shard)
+        self.block_bytes = (
+            options.block_tokens * options.spec.kv_bytes_per_token(dtype.itemsize) // options.world_size
+        )
+        self._num_blocks = self._size_pool(options)
+        self._runner = ModelRunner(
+            model, allocate_kv_cache(model, self._num_blocks, options.block_tokens, self._device)
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in the KV pool, the same on every rank."""
+        return self._num_blocks
+
+    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
+        """Run `plan` on every rank and draw one token a wanted row: [S], -1 where not finite."""
+        self._send(_PLAN, plan.pack())
+        with torch.inference_mode():
+            return sample(self._runner.logits(plan), sampling).cpu().numpy()
+
+    def follow(self) -> None:
+        """Run what rank 0 plans until it stops. Raises RuntimeError when rank 0 dies."""
+        while (message := self._receive())[0] != _STOP:
+            if message[0] == _PLAN:
+                self._runner.hidden(StepPlan.unpack(message[1]))
+
+    def keep_alive(self) -> None:
+        """Rank 0 calls this at least once a minute while it has nothing to run."""
+        self._send(_KEEP_ALIVE, np.empty(0, dtype=np.int32))
+
+    def close(self) -> None:
+        """Stop the other ranks (where they still live) and leave the group."""
+        if self._world_size == 1 or not dist.is_initialized():
+            return
+        if self._rank == 0:
+            with contextlib.suppress(RuntimeError):  # a rank that is gone needs no stop
+                self._send(_STOP, np.empty(0, dtype=np.int32))
+        dist.destroy_process_group()
+
+    def _send(self, kind: int, payload: NDArray[np.int32]) -> None:
+        if self._world_size == 1:
+            return
+        first = np.zeros(_MESSAGE_INTS, dtype=np.int32)
+        first[:2] = kind, len(payload)
+        head, tail = payload[: _MESSAGE_INTS - 2], payload[_MESSAGE_INTS - 2 :]
+        first[2 : 2 + len(head)] = head
+        dist.broadcast(torch.from_numpy(first), src=0)
+        if len(tail):
+            dist.broadcast(torch.from_numpy(tail), src=0)
+
+    def _receive(self) -> tuple[int, NDArray[np.int32]]:
+        first = torch.empty(_MESSAGE_INTS, dtype=torch.int32)
+        dist.broadcast(first, src=0)
+        kind, length = first[:2].tolist()
+        head = first[2 : 2 + length]
+        if length > len(head):
+            tail = torch.empty(length - len(head), dtype=torch.int32)
+            dist.broadcast(tail, src=0)
+            head = torch.cat((head, tail))
+        return kind, head.numpy()
+
+    def _all_reduce(self, partial: torch.Tensor) -> None:
+        if self._tensor_group is not None:
+            dist.all_reduce(partial, group=self._tensor_group)
+
+    def _size_pool(self, options: WorkerOptions) -> int:
+        """The number of blocks every rank can hold; the same answer, or ConfigError, on each."""
+        limit = options.kv_memory_bytes
+        if limit is None and self._device.type == "cpu":
+            limit = _DEFAULT_CPU_KV_BYTES
+        free_bytes = self._free_bytes()
+        fitting = self._least(int(free_bytes * (1 - _ACTIVATION_SHARE)) // self.block_bytes)
+        wanted = options.kv_blocks
+        if wanted is None:
+            wanted = fitting if limit is None else min(fitting, limit // self.block_bytes)
+        if 0 < wanted <= fitting:
+            return wanted
+        needed_mib = max(wanted, 1) * self.block_bytes / (1 - _ACTIVATION_SHARE) / 2**20
+        raise ConfigError(
+            f"KV pool: {max(wanted, 1)} blocks of {self.block_bytes} bytes need {needed_mib:.1f} MiB free on "
+            f"each rank with their share for activations; this rank has {free_bytes / 2**20:.1f} MiB and may "
+            f"take {'all of it' if limit is None else f'{limit / 2**20:.1f} MiB'}, the tightest rank fits "
+            f"{fitting} blocks. Lower kv_blocks, raise kv_memory_bytes, free memory, or take a smaller model"
+        )
+
+    def _free_bytes(self) -> int:
+        """Memory this rank may use: the GPU's, or its share of the machine's."""
+        if self._device.type == "cuda":
+            return torch.cuda.mem_get_info(self._device)[0]
+        return psutil.virtual_memory().available // self._ranks_on_this_machine()
+
+    def _ranks_on_this_machine(self) -> int:
+        if self._world_size == 1:
+            return 1
+        own = torch.tensor(zlib.crc32(socket.gethostname().encode()))
+        everyone = [torch.empty_like(own) for _ in range(self._world_size)]
+        dist.all_gather(everyone, own)
+        return sum(bool(other == own) for other in everyone)
+
+    def _least(self, number: int) -> int:
+        if self._world_size == 1:
+            return number
+        least = torch.tensor(number)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        return int(least)
+
+
+def _check_split(options: WorkerOptions) -> None:
+    sizes = options.spec.tensor_parallel_sizes()
+    if options.world_size not in sizes:
+        raise ConfigError(
+            f"tensor_parallel {options.world_size}: this model has {options.spec.num_heads} query and "
+            f"{options.spec.num_kv_heads} KV heads; it splits over {' or '.join(map(str, sizes))} ranks"
+        )
+    if options.world_size > 1 and options.rendezvous is None:
+        raise ConfigError("rendezvous: several ranks need rank 0's host:port")
+
+
+def _join(options: WorkerOptions) -> dist.ProcessGroup | None:
+    """Join the ranks; plans travel over gloo. Returns the group that sums tensors."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"tcp://{options.rendezvous}",
+        rank=options.rank,
+        world_size=options.world_size,
+        timeout=_GROUP_TIMEOUT,
+    )
+    if options.device == "cuda":
+        return dist.new_group(backend="nccl", timeout=_GROUP_TIMEOUT)
+    return dist.group.WORLD
+
+
+def _resolve_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return _DTYPES[name]
+    native = device.type == "cuda" or (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    return torch.bfloat16 if native else torch.float32

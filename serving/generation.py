@@ -1,0 +1,187 @@
+"""One request's way from a prompt to its tokens: pick, submit, follow the stream, settle.
+
+A refusal leads to another pick, never to an error while another replica has room. A replica that
+dies before the first token is answered by one more pick; after it the stream ends with an error.
+However it ends, the request is settled once, in `run`'s `finally`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import dataclass, field
+
+import msgspec
+
+from serving.errors import (
+    ApiError,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    InternalError,
+    ReplicaGone,
+    ReplicaLost,
+    ServerOverloaded,
+)
+from serving.links import ReplicaLink, ReplicaLinks, RouterLink
+from serving.messages import (
+    Accepted,
+    DispatchUpdate,
+    FinishReason,
+    Overloaded,
+    Refused,
+    Route,
+    RouteRequest,
+    SequenceDelta,
+    SequenceTimes,
+    Submit,
+)
+
+MAX_LOST_REPLICAS = 2  # a request whose replicas keep dying may be what kills them
+
+
+@dataclass
+class GenerationTimes:
+    """Unix times of a request's hops; `sequence` is what the replica says of its own part."""
+
+    picked_s: float = 0.0
+    accepted_s: float = 0.0
+    first_token_s: float = 0.0
+    ended_s: float = 0.0
+    sequence: SequenceTimes | None = None
+
+
+@dataclass
+class Generation:
+    """A request under way. `run` yields its deltas; the other fields tell how it went."""
+
+    request: RouteRequest
+    submit: Submit
+    router: RouterLink
+    links: ReplicaLinks
+    output_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    refusals: int = 0
+    route: Route | None = None
+    times: GenerationTimes = field(default_factory=GenerationTimes)
+    _link: ReplicaLink | None = None
+
+    async def run(self) -> AsyncGenerator[SequenceDelta]:
+        """Deltas until one carries a finish reason. Closing it early aborts the request.
+
+        Raises ServerOverloaded, ContextLengthExceeded, DeadlineExceeded before the first delta;
+        ReplicaLost or InternalError at any time.
+        """
+        try:
+            await self._place()
+            lost = 0
+            while True:
+                async for delta in self._follow():
+                    yield delta
+                if self.finish_reason is not None:
+                    return
+                lost += 1
+                if self.output_tokens or lost >= MAX_LOST_REPLICAS:
+                    raise ReplicaLost("the model replica that served this request died; send it again")
+                self._lose_replica()
+                await self._place()
+        finally:
+            self._settle()
+
+    async def _place(self) -> None:
+        """Find a replica that accepts the request."""
+        while True:
+            route = await self._pick()
+            self.times.picked_s = time.time()
+            try:
+                link = self.links.get(route.replica_id)
+                reply = await link.submit(
+                    msgspec.structs.replace(self.submit, reserve_blocks=route.reserve_blocks)
+                )
+            except ReplicaGone:
+                self._lose_replica(route)
+                continue
+            if isinstance(reply, Accepted):
+                self.route, self._link = route, link
+                self.times.accepted_s = time.time()
+                self._tell("accepted", submission=reply.submission)
+                return
+            link.release(self.request.request_id, abort=False)
+            self._refused(route, reply)
+
+    async def _pick(self) -> Route:
+        while True:
+            if time.time() > self.request.deadline_s:
+                raise DeadlineExceeded("no replica took the request within its deadline")
+            try:
+                reply = await self.router.pick(self.request)
+            except ReplicaGone:
+                continue  # a new Router is starting: pick waits until its stream is attached
+            if isinstance(reply, Route):
+                return reply
+            assert isinstance(reply, Overloaded)
+            if reply.permanent:
+                raise ContextLengthExceeded(reply.why, param="messages")
+            raise ServerOverloaded(reply.why, retry_after_s=reply.retry_after_s)
+
+    def _refused(self, route: Route, reply: Refused) -> None:
+        if reply.permanent:
+            raise ContextLengthExceeded(reply.why, param="messages")
+        self.refusals += 1
+        self._without(route.replica_id)
+
+    def _lose_replica(self, route: Route | None = None) -> None:
+        gone = route or self.route
+        assert gone is not None
+        if self._link is not None:
+            self._link.release(self.request.request_id, abort=False)
+        self.route, self._link = None, None
+        self.router.tell(
+            DispatchUpdate(request_id=self.request.request_id, replica_id=gone.replica_id, outcome="lost")
+        )
+        self._without(gone.replica_id)
+
+    def _without(self, replica_id: str) -> None:
+        refused = (*self.request.refused_replicas, replica_id)
+        self.request = msgspec.structs.replace(self.request, refused_replicas=refused)
+
+    async def _follow(self) -> AsyncIterator[SequenceDelta]:
+        assert self._link is not None
+        async for batch in self._link.deltas(self.request.request_id):
+            for delta in batch:
+                if delta.times is not None:
+                    self.times.first_token_s = time.time()
+                    self.times.sequence = delta.times
+                if delta.finish_reason == "lost":
+                    return  # as if the stream had broken: the replica says so before it does
+                if delta.finish_reason == "error":
+                    raise self._failure(delta)
+                self.output_tokens += len(delta.token_ids)
+                self.finish_reason = delta.finish_reason
+                yield delta
+                if self.finish_reason is not None:
+                    return
+
+    def _failure(self, delta: SequenceDelta) -> ApiError:
+        self.finish_reason = "error"
+        return InternalError(f"the request failed in the engine: {delta.error}")
+
+    def _settle(self) -> None:
+        """The one place where a request ends, whatever the outcome."""
+        self.times.ended_s = time.time()
+        if self.route is None or self._link is None:
+            return
+        link, self._link = self._link, None
+        self._tell("finished", output_tokens=self.output_tokens)
+        link.release(self.request.request_id, abort=self.finish_reason is None)
+
+    def _tell(self, outcome: str, *, submission: int = 0, output_tokens: int = 0) -> None:
+        assert self.route is not None
+        self.router.tell(
+            DispatchUpdate(
+                request_id=self.request.request_id,
+                replica_id=self.route.replica_id,
+                outcome=outcome,  # type: ignore[arg-type]
+                submission=submission,
+                output_tokens=output_tokens,
+            )
+        )

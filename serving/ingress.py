@@ -1,0 +1,101 @@
+"""Ingress: the deployment at the door. It knows text and tenants, not blocks in GPUs.
+
+This room only puts the parts together; the way of one request is in `gateway` (HTTP),
+`completions` (tokens and text) and `generation` (pick, submit, follow, settle).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+
+from serving import metrics
+from serving.auth import KeyRing
+from serving.completions import Completions, ModelIdentity
+from serving.config import SearoomConfig
+from serving.dispatcher import RouterStatus
+from serving.errors import ServerOverloaded
+from serving.gateway import Gateway, GatewayLimits
+from serving.links import ReplicaLinks, RouterLink
+from serving.logs import configure as configure_logs
+from serving.messages import DispatchUpdate, decode
+from serving.model_files import resolve
+from serving.model_spec import read_model_spec
+from serving.ray_compat import PinnedHandle, RayMeter, ServiceHandle, application_name, replica_id
+from serving.request_log import RequestLog
+from serving.tokenizer import Tokenizer
+from serving.tracing import make_tracer
+from serving.transport import DelayLine
+
+
+class IngressSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What `app.compose` works out for Ingress."""
+
+    model: str
+    deployments: dict[str, str]  # region → ModelReplica deployment
+    pretend_rtt_ms: dict[str, float]
+    key_sha256: tuple[str, ...]
+
+
+class Ingress:
+    """Made by Serve in the home region. Serve asks it for its ASGI application once it stands."""
+
+    async def __init__(self, config: SearoomConfig, setup: IngressSetup, *deployments: Any) -> None:
+        """`deployments` binds the others to this one's application; they are reached by name."""
+        ingress_id = replica_id()
+        application = application_name()
+        configure_logs(config.log_level, replica=ingress_id, region=config.home)
+        files = await asyncio.to_thread(resolve, config.model.source)
+        spec = read_model_spec(files.folder)
+        self._router = ServiceHandle("Router", application)
+        self._router_link = RouterLink(self._router, ingress_id)
+        self._links = ReplicaLinks(
+            {
+                region: (PinnedHandle(deployment, application), DelayLine(setup.pretend_rtt_ms[region]))
+                for region, deployment in setup.deployments.items()
+            },
+            ingress_id,
+            on_lost=self._tell_lost,
+        )
+        identity = ModelIdentity(
+            name=setup.model,
+            weight_version=files.weight_version,
+            kv_dtype=config.model.dtype,
+            block_tokens=config.engine.block_tokens,
+        )
+        completions = Completions(
+            identity,
+            self._router_link,
+            self._links,
+            ingress_id=ingress_id,
+            timeout_s=config.ingress.request_timeout_s,
+        )
+        tracing = config.tracing
+        tracer = make_tracer(tracing.exporter, tracing.endpoint, tracing.sample_ratio, "searoom-ingress")
+        self._gateway = Gateway(
+            setup.model,
+            Tokenizer(files),
+            spec,
+            KeyRing(setup.key_sha256),
+            completions,
+            GatewayLimits(config.ingress.max_body_bytes, spec.context_tokens),
+            RequestLog(setup.model, RayMeter(metrics.INGRESS_SERIES), tracer),
+            is_ready=lambda: self._links.any_attached,
+            fleet_status=self._fleet_status,
+        )
+
+    def __serve_build_asgi_app__(self) -> Gateway:
+        return self._gateway
+
+    def _tell_lost(self, replica_id: str) -> None:
+        """The stream to a replica broke: the Router learns of it before Serve does."""
+        self._router_link.tell(DispatchUpdate(request_id="", replica_id=replica_id, outcome="lost"))
+
+    async def _fleet_status(self) -> bytes:
+        try:
+            status = await asyncio.wait_for(self._router.call("status"), 5.0)
+        except TimeoutError as late:
+            raise ServerOverloaded("the Router does not answer", retry_after_s=1.0) from late
+        return msgspec.json.encode(decode(status, RouterStatus))

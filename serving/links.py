@@ -1,0 +1,256 @@
+"""Ingress's two kinds of neighbour: the Router, and every ModelReplica in Serve's running set.
+
+`ReplicaLink`  coalesced submits and aborts towards one replica, and its one stream of frames
+`ReplicaLinks` one link a running replica: made when it joins, closed after its last request when it leaves
+`RouterLink`   coalesced picks and updates, and the stream on which queued requests get their answer
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from typing import Protocol
+
+from serving.errors import ReplicaGone
+from serving.messages import (
+    DispatchUpdate,
+    Queued,
+    RouteReply,
+    RouteRequest,
+    SequenceDelta,
+    StepFrame,
+    Submit,
+    SubmitReply,
+    decode,
+    encode,
+)
+from serving.transport import Coalescer, DelayLine, Stream
+
+logger = logging.getLogger(__name__)
+
+MEMBERSHIP_INTERVAL_S = 0.1
+RECONNECT_S = 0.2
+
+
+class Replicas(Protocol):
+    """One deployment's replicas; `ray_compat.PinnedHandle` is the real one."""
+
+    def running(self) -> frozenset[str]: ...
+    async def call(self, replica_id: str, method: str, *args: object) -> bytes: ...
+    def stream(self, replica_id: str, method: str, *args: object) -> AsyncIterator[bytes]: ...
+
+
+class Service(Protocol):
+    """A deployment as one; `ray_compat.ServiceHandle` is the real one."""
+
+    async def call(self, method: str, *args: object) -> bytes: ...
+    def stream(self, method: str, *args: object) -> AsyncIterator[bytes]: ...
+
+
+class ReplicaLink:
+    """The pair of this Ingress and one replica."""
+
+    def __init__(self, replicas: Replicas, replica_id: str, ingress_id: str, line: DelayLine) -> None:
+        self.replica_id = replica_id
+        self._replicas = replicas
+        self._ingress_id = ingress_id
+        self._line = line
+        self._inboxes: dict[str, Stream[SequenceDelta]] = {}
+        self._submits: Coalescer[Submit, SubmitReply] = Coalescer(self._submit)
+        self._aborts: Coalescer[str, None] = Coalescer(self._abort)
+        self._aborting: set[asyncio.Task[None]] = set()
+        self._attached = asyncio.Event()
+        self._leaving = False
+        self.gone = asyncio.Event()
+        self._receiver = asyncio.create_task(self._receive())
+
+    async def submit(self, submit: Submit) -> SubmitReply:
+        """The replica's answer. Raises ReplicaGone."""
+        waits = {asyncio.ensure_future(self._attached.wait()), asyncio.ensure_future(self.gone.wait())}
+        _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in pending:
+            wait.cancel()
+        if self.gone.is_set() or self._leaving:
+            raise ReplicaGone(self.replica_id)
+        self._inboxes[submit.request_id] = Stream()
+        return await self._submits.send(submit)
+
+    def deltas(self, request_id: str) -> AsyncIterator[list[SequenceDelta]]:
+        """The news of an accepted request. Ends without a finish reason when the replica is gone."""
+        return self._inboxes[request_id].batches()
+
+    def release(self, request_id: str, *, abort: bool) -> None:
+        """Forget a request; with `abort`, tell the replica to end it too.
+
+        Nobody waits for the abort: whoever releases may itself be cancelled, and must not await.
+        """
+        self._inboxes.pop(request_id, None)
+        if abort and not self.gone.is_set():
+            task = asyncio.create_task(self._aborts.send(request_id))
+            self._aborting.add(task)
+            task.add_done_callback(self._aborting.discard)
+        self._close_if_idle()
+
+    def leave(self) -> None:
+        """The replica has left the running set: no new work; the stream closes after the last request."""
+        self._leaving = True
+        self._close_if_idle()
+
+    def close(self) -> None:
+        self._receiver.cancel()
+
+    def _close_if_idle(self) -> None:
+        if self._leaving and not self._inboxes and not self._aborting:
+            self._receiver.cancel()
+
+    async def _submit(self, submits: list[Submit]) -> list[SubmitReply]:
+        await self._line.cross()
+        reply = await self._replicas.call(self.replica_id, "submit", self._ingress_id, encode(submits))
+        await self._line.cross()
+        return decode(reply, list[SubmitReply])
+
+    async def _abort(self, request_ids: list[str]) -> list[None]:
+        await self._line.cross()
+        with suppress(ReplicaGone):  # gone, and its requests with it: which is what was asked
+            await self._replicas.call(self.replica_id, "abort", request_ids)
+        return [None] * len(request_ids)
+
+    async def _receive(self) -> None:
+        frames = self._line.carry(self._replicas.stream(self.replica_id, "frames", self._ingress_id))
+        try:
+            async for payload in frames:
+                self._attached.set()
+                for frame in decode(payload, list[StepFrame]):
+                    for delta in frame.deltas:
+                        if inbox := self._inboxes.get(delta.request_id):
+                            inbox.put(delta)
+        except ReplicaGone:
+            logger.warning("replica is gone", extra={"replica": self.replica_id})
+        finally:
+            self.gone.set()
+            for inbox in self._inboxes.values():
+                inbox.close()
+
+
+class ReplicaLinks:
+    """A link to every running replica of every deployment.
+
+    Links are made when a replica joins, not when it is first needed: a death is then seen on the
+    broken stream at once, also by an Ingress that has no request there.
+    """
+
+    def __init__(
+        self,
+        deployments: dict[str, tuple[Replicas, DelayLine]],
+        ingress_id: str,
+        on_lost: Callable[[str], None],
+    ) -> None:
+        self._deployments = deployments
+        self._ingress_id = ingress_id
+        self._on_lost = on_lost
+        self._links: dict[str, ReplicaLink] = {}
+        self._keeper = asyncio.create_task(self._keep())
+
+    def get(self, replica_id: str) -> ReplicaLink:
+        """The link to a running replica; raises ReplicaGone where there is none."""
+        link = self._links.get(replica_id)
+        if link is None or link.gone.is_set():
+            raise ReplicaGone(replica_id)
+        return link
+
+    @property
+    def any_attached(self) -> bool:
+        return any(not link.gone.is_set() for link in self._links.values())
+
+    def close(self) -> None:
+        self._keeper.cancel()
+        for link in self._links.values():
+            link.close()
+
+    async def _keep(self) -> None:
+        lost: set[str] = set()
+        while True:
+            running: set[str] = set()
+            for replicas, line in self._deployments.values():
+                for replica_id in replicas.running():
+                    running.add(replica_id)
+                    if replica_id not in self._links and replica_id not in lost:
+                        self._links[replica_id] = ReplicaLink(replicas, replica_id, self._ingress_id, line)
+            for replica_id, link in list(self._links.items()):
+                if link.gone.is_set():
+                    del self._links[replica_id]
+                    if replica_id in running:  # dead before Serve knows it, or a broken connection
+                        lost.add(replica_id)
+                        self._on_lost(replica_id)
+                        asyncio.get_running_loop().call_later(RECONNECT_S, lost.discard, replica_id)
+                elif replica_id not in running:
+                    link.leave()
+            await asyncio.sleep(MEMBERSHIP_INTERVAL_S)
+
+
+class RouterLink:
+    """The pair of this Ingress and the Router."""
+
+    def __init__(self, router: Service, ingress_id: str) -> None:
+        self._router = router
+        self._ingress_id = ingress_id
+        self._picks: Coalescer[RouteRequest, RouteReply] = Coalescer(self._pick)
+        self._updates: Coalescer[DispatchUpdate, None] = Coalescer(self._update)
+        self._queued: dict[str, asyncio.Future[RouteReply]] = {}
+        self._attached = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = {asyncio.create_task(self._receive())}
+
+    async def pick(self, request: RouteRequest) -> RouteReply:
+        """A Route or Overloaded, after waiting in the Router's queue if need be.
+
+        Raises ReplicaGone when the Router died: what it had queued must be asked for again.
+        """
+        await self._attached.wait()
+        answer: asyncio.Future[RouteReply] = asyncio.get_running_loop().create_future()
+        self._queued[request.request_id] = answer  # before the call: the stream may be the faster one
+        try:
+            reply = await self._picks.send(request)
+            return await answer if isinstance(reply, Queued) else reply
+        finally:
+            self._queued.pop(request.request_id, None)
+
+    def tell(self, update: DispatchUpdate) -> None:
+        """What became of a Route; nobody waits for it."""
+        task = asyncio.create_task(self._tell(update))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+
+    async def _tell(self, update: DispatchUpdate) -> None:
+        # A new Router starts from the replicas' reports, and knows nothing of this dispatch.
+        with suppress(ReplicaGone):
+            await self._updates.send(update)
+
+    async def _pick(self, requests: list[RouteRequest]) -> list[RouteReply]:
+        return decode(await self._router.call("pick", encode(requests)), list[RouteReply])
+
+    async def _update(self, updates: list[DispatchUpdate]) -> list[None]:
+        await self._router.call("update", encode(updates))
+        return [None] * len(updates)
+
+    async def _receive(self) -> None:
+        while True:
+            try:
+                async for payload in self._router.stream("routes", self._ingress_id):
+                    self._attached.set()
+                    for reply in decode(payload, list[RouteReply]):
+                        answer = self._queued.get(reply.request_id)
+                        if answer is not None and not answer.done():
+                            answer.set_result(reply)
+            except ReplicaGone:
+                logger.warning("the Router's stream ended; connecting again")
+            self._attached.clear()
+            for answer in self._queued.values():
+                if not answer.done():
+                    answer.set_exception(ReplicaGone("Router"))
+            await asyncio.sleep(RECONNECT_S)

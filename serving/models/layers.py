@@ -1,0 +1,80 @@
+"""A decoder's linear layers, fused and cut for one rank of a tensor-parallel group.
+
+Column-parallel (qkv, gate_up): a rank holds some of the output rows, whole heads for attention.
+Row-parallel (o, down): a rank holds the matching input columns, and the ranks' partial products are
+summed by `Shard.all_reduce` (Shoeybi et al. 2019, Megatron-LM, section 3). Shards are cut as they
+are read, so a rank never holds another's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kernels.linear import PackedWeight, linear, pack_weight
+from serving.models.weights import ALL, TensorSource
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a tensor-parallel group; `all_reduce` sums a tensor over ranks, in place."""
+
+    rank: int = 0
+    world_size: int = 1
+    all_reduce: Callable[[torch.Tensor], None] = lambda partial: None
+
+    def part(self, size: int) -> slice:
+        """This rank's part of a dimension; `size` must divide by the number of ranks."""
+        assert size % self.world_size == 0, f"{size} does not split over {self.world_size} ranks"
+        each = size // self.world_size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+
+@dataclass(frozen=True)
+class ColumnParallel:
+    """Fused projections whose outputs lie side by side: x [T, in] -> [T, sum of this rank's rows]."""
+
+    weight: PackedWeight
+
+    @classmethod
+    def load(
+        cls,
+        source: TensorSource,
+        names: tuple[str, ...],
+        rows: tuple[int, ...],
+        columns: int,
+        shard: Shard,
+        device: torch.device,
+    ) -> ColumnParallel:
+        """Read `names`, of `rows` outputs each and `columns` inputs."""
+        parts = [
+            source.tensor(name, (size, columns), rows=shard.part(size))
+            for name, size in zip(names, rows, strict=True)
+        ]
+        return cls(pack_weight(torch.cat(parts).to(device)))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight)
+
+
+@dataclass(frozen=True)
+class RowParallel:
+    """A projection of this rank's inputs, summed over ranks: x [T, in / ranks] -> [T, out]."""
+
+    weight: PackedWeight
+    shard: Shard
+
+    @classmethod
+    def load(
+        cls, source: TensorSource, name: str, rows: int, columns: int, shard: Shard, device: torch.device
+    ) -> RowParallel:
+        """Read `name`, of `rows` outputs and `columns` inputs."""
+        part = source.tensor(name, (rows, columns), rows=ALL, columns=shard.part(columns))
+        return cls(pack_weight(part.to(device)), shard)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = linear(x, self.weight)
+        self.shard.all_reduce(out)
+        return out

@@ -1,0 +1,122 @@
+"""A replica's ranks: one actor a bundle of its placement group, made together and lost together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util import get_current_placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.placement import RANK_CPUS, rank_order
+from serving.config import SearoomConfig
+from serving.errors import ConfigError
+from serving.messages import StepFrame, Submit, SubmitReply, decode, encode
+from serving.rank import Rank, RankIdentity, RankReady
+
+logger = logging.getLogger(__name__)
+
+
+class RankGroup:
+    """Rank 0 and its followers. Any rank's death ends the group: `on_death` is told once."""
+
+    def __init__(
+        self, ranks: list[ActorHandle], ready: list[RankReady], on_death: Callable[[str], None]
+    ) -> None:
+        self._ranks = ranks
+        self.ready = ready
+        self._on_death = on_death
+        self._watches = [
+            asyncio.create_task(self._watch(index, rank.follow.remote()))
+            for index, rank in enumerate(ranks)
+            if index
+        ]
+
+    @classmethod
+    async def start(
+        cls,
+        config: SearoomConfig,
+        replica_id: str,
+        region: str,
+        environment: dict[str, str],
+        on_death: Callable[[str], None],
+    ) -> RankGroup:
+        """Make the ranks in the current placement group and load them, all at once.
+
+        Raises ConfigError when a rank says that what was asked is impossible.
+        """
+        world_size = config.engine.tensor_parallel
+        group = get_current_placement_group()
+        if group is None:
+            raise ConfigError("a ModelReplica needs a placement group: deploy it through serving.app:build")
+        nodes = placement_group_table(group)["bundles_to_node_id"]
+        order = rank_order([nodes[index] for index in range(world_size)])
+        ranks = []
+        for rank, bundle in enumerate(order):
+            identity = RankIdentity(
+                replica_id=replica_id,
+                region=region,
+                rank=rank,
+                world_size=world_size,
+                ranks_on_node=sum(node == nodes[bundle] for node in nodes.values()),
+            )
+            options: dict[str, Any] = {
+                "num_cpus": RANK_CPUS,
+                "num_gpus": 1 if config.engine.device == "cuda" else 0,
+                "max_restarts": 0,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle),
+                "runtime_env": {"env_vars": environment},
+            }
+            ranks.append(ray.remote(Rank).options(**options).remote(identity, config.model, config.engine))
+        try:
+            host = await ranks[0].node_address.remote()
+            rendezvous = await ranks[0].rendezvous.remote(host)
+            ready = await asyncio.gather(*(rank.load.remote(rendezvous) for rank in ranks))
+        except RayTaskError as failed:
+            _kill(ranks)
+            raise _cause(failed) from failed
+        return cls(ranks, ready, on_death)
+
+    async def frames(self) -> AsyncIterator[list[StepFrame]]:
+        """Rank 0's frames until it ends. Raises RayError when it dies or its engine fails."""
+        async for reference in self._ranks[0].frames.options(num_returns="streaming").remote():
+            yield decode(await reference, list[StepFrame])
+
+    async def submit(self, submits: list[Submit]) -> list[SubmitReply]:
+        return decode(await self._ranks[0].submit.remote(encode(submits)), list[SubmitReply])
+
+    async def abort(self, request_ids: list[str]) -> None:
+        await self._ranks[0].abort.remote(request_ids)
+
+    async def load_report(self) -> bytes:
+        return await self._ranks[0].load_report.remote()
+
+    def close(self) -> None:
+        """End every rank at once; a group never outlives one of its ranks."""
+        for watch in self._watches:
+            watch.cancel()
+        _kill(self._ranks)
+
+    async def _watch(self, rank: int, following: Any) -> None:
+        try:
+            await following
+            self._on_death(f"rank {rank} stopped following")
+        except RayActorError:
+            self._on_death(f"rank {rank} died")
+        except RayError as failed:
+            self._on_death(f"rank {rank} failed: {failed}")
+
+
+def _kill(ranks: list[ActorHandle]) -> None:
+    for rank in ranks:
+        ray.kill(rank)
+
+
+def _cause(failed: RayTaskError) -> Exception:
+    cause = failed.cause
+    return cause if isinstance(cause, Exception) else failed

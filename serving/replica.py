@@ -1,0 +1,185 @@
+"""ModelReplica: one tensor-parallel group as one Serve replica. No tensor work happens here.
+
+    Ingress ─submit, abort─► ModelReplica ─► rank 0 ─frames─► split by Ingress ─frames─► Ingress
+                                   └─ReplicaLoad─► Router
+
+A request belongs to the Ingress that submitted it: when that one's stream ends, its requests are
+aborted. When a rank dies, the replica ends its streams with an error event and exits, so that
+Serve replaces the whole group at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+
+from ray.exceptions import RayError
+
+from cluster.load import ReplicaLoad
+from serving import metrics
+from serving.config import SearoomConfig
+from serving.errors import ReplicaGone
+from serving.load_reporter import LoadReporter
+from serving.logs import configure as configure_logs
+from serving.messages import (
+    Accepted,
+    SequenceDelta,
+    StepFrame,
+    StepStats,
+    Submit,
+    decode,
+    encode,
+)
+from serving.rank_group import RankGroup
+from serving.ray_compat import RayMeter, ServiceHandle, application_name, replica_id
+from serving.transport import DelayLine, Outbox
+
+logger = logging.getLogger(__name__)
+
+FLUSH_S = 0.3  # for the error events of a dying replica to leave it
+HANG_FLOOR_S = 20.0
+HANG_FACTOR = 50  # a step this many times longer than predicted is a hang
+
+
+class ModelReplica:
+    """Made by Serve, in bundle 0 of its placement group."""
+
+    async def __init__(
+        self, config: SearoomConfig, region: str, rtt_ms: float, environment: dict[str, str]
+    ) -> None:
+        self._id = replica_id()
+        configure_logs(config.log_level, replica=self._id, region=region)
+        self._tags = {"region": region, "replica": self._id}
+        self._meter = RayMeter(metrics.REPLICA_SERIES)
+        self._owners: dict[str, str] = {}  # request id → ingress id
+        self._outbox: Outbox[StepFrame] = Outbox()
+        self._failure: str | None = None
+        self._last_frame_s = time.monotonic()
+        self._next_step_ms = 0.0
+        self._group = await RankGroup.start(config, self._id, region, environment, self._fail)
+        router = ServiceHandle("Router", application_name())
+        load = decode(await self._group.load_report(), ReplicaLoad)
+        self._reporter = LoadReporter(load, router, DelayLine(rtt_ms))
+        self._tasks = [asyncio.create_task(self._pump()), asyncio.create_task(self._watch_for_hang())]
+        logger.info("replica ready", extra={"blocks": self._group.ready[0].num_blocks})
+
+    async def submit(self, ingress_id: str, payload: bytes) -> bytes:
+        """Reserve and queue a list of Submit; a list of Accepted or Refused comes back, in order."""
+        submits = decode(payload, list[Submit])
+        if self._failure is not None or not self._outbox.is_attached(ingress_id):
+            raise ReplicaGone(self._id)
+        for submit in submits:  # before the engine knows of it, so that its first frame finds its owner
+            self._owners.setdefault(submit.request_id, ingress_id)
+        replies = await self._group.submit(submits)
+        for reply in replies:
+            if not isinstance(reply, Accepted) and reply.why != "duplicate request id":
+                self._owners.pop(reply.request_id, None)
+                self._meter.add(metrics.REFUSALS, 1, self._tags)
+        return encode(replies)
+
+    async def abort(self, request_ids: list[str]) -> None:
+        """End these requests and release their blocks; unknown ids are ignored."""
+        await self._group.abort(request_ids)
+
+    async def frames(self, ingress_id: str) -> AsyncIterator[bytes]:
+        """This Ingress's part of every step, until one of the two is gone.
+
+        The first item is empty: it says that the stream is attached.
+        """
+        yield encode([])
+        try:
+            async for batch in self._outbox.consume(ingress_id):
+                yield encode(batch)
+        finally:
+            orphans = [request for request, owner in self._owners.items() if owner == ingress_id]
+            if orphans and self._failure is None:
+                logger.info("ingress is gone", extra={"aborted": len(orphans)})
+                await self._group.abort(orphans)
+
+    async def check_health(self) -> None:
+        """Answers from memory, never through the engine: a long step is not a failure."""
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+
+    async def pids(self) -> list[int]:
+        """Process ids of this replica and its ranks, for `status` and for tests of deaths."""
+        return [os.getpid(), *(rank.pid for rank in self._group.ready)]
+
+    async def _pump(self) -> None:
+        """Carry rank 0's frames to those who wait for them."""
+        try:
+            async for frames in self._group.frames():
+                self._last_frame_s = time.monotonic()
+                for frame in frames:
+                    self._deliver(frame)
+            self._fail("rank 0 ended")
+        except RayError as died:
+            logger.error("rank 0 failed: %s", type(died).__name__)
+            self._fail("rank 0 died")
+
+    def _deliver(self, frame: StepFrame) -> None:
+        self._next_step_ms = frame.next_step_ms
+        parts: dict[str, list[SequenceDelta]] = {}
+        for delta in frame.deltas:
+            finished = delta.finish_reason is not None
+            owner = (
+                self._owners.pop(delta.request_id, None) if finished else self._owners.get(delta.request_id)
+            )
+            if owner is not None:
+                parts.setdefault(owner, []).append(delta)
+        for owner, deltas in parts.items():
+            self._outbox.put(owner, StepFrame(step=frame.step, deltas=tuple(deltas)))
+        if frame.load is not None:
+            self._reporter.changed(frame.load)
+            self._record_load(frame.load)
+        if frame.stats is not None:
+            self._record_step(frame.stats)
+
+    def _fail(self, why: str) -> None:
+        """A rank is gone: tell every request, then leave, so that Serve starts a new group."""
+        if self._failure is not None:
+            return
+        self._failure = why
+        logger.error("replica ends: %s", why)
+        for request_id, owner in self._owners.items():
+            delta = SequenceDelta(request_id=request_id, finish_reason="lost", error=why)
+            self._outbox.put(owner, StepFrame(step=-1, deltas=(delta,)))
+        self._outbox.close_all()
+        self._tasks.append(asyncio.create_task(self._exit()))
+
+    async def _exit(self) -> None:
+        self._reporter.close()
+        await asyncio.sleep(FLUSH_S)
+        self._group.close()
+        os._exit(1)
+
+    async def _watch_for_hang(self) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            allowed_s = max(HANG_FLOOR_S, HANG_FACTOR * self._next_step_ms / 1000)
+            if self._owners and time.monotonic() - self._last_frame_s > allowed_s:
+                self._fail(f"no step within {allowed_s:.0f} s")
+            if not self._owners:
+                self._last_frame_s = time.monotonic()
+
+    def _record_load(self, load: ReplicaLoad) -> None:
+        cached = load.blocks_evictable
+        self._meter.set(metrics.KV_BLOCKS_FREE, load.blocks_free, self._tags)
+        self._meter.set(metrics.KV_BLOCKS_EVICTABLE, cached, self._tags)
+        self._meter.set(metrics.KV_BLOCKS_RESERVED, load.blocks_reserved, self._tags)
+        self._meter.set(metrics.KV_BLOCKS_USED, load.blocks_total - load.blocks_free - cached, self._tags)
+
+    def _record_step(self, stats: StepStats) -> None:
+        meter, tags = self._meter, self._tags
+        meter.observe(metrics.STEP_TIME, stats.step_ms / 1000, tags)
+        meter.observe(metrics.STEP_TIME_PREDICTED, stats.predicted_ms / 1000, tags)
+        meter.observe(metrics.BATCH_SIZE, stats.batch_size, tags)
+        meter.add(metrics.FLOPS, stats.flops, tags)
+        meter.add(metrics.BYTES_MOVED, stats.bytes_moved, tags)
+        meter.set(metrics.ARITHMETIC_INTENSITY, stats.flops / max(stats.bytes_moved, 1.0), tags)
+        meter.add(metrics.PREEMPTIONS, stats.num_preemptions, tags)
+        meter.add(metrics.PREFIX_HIT_TOKENS, stats.prefix_hit_tokens, tags)
+        meter.add(metrics.PREFIX_QUERY_TOKENS, stats.prefix_query_tokens, tags)

@@ -1,0 +1,104 @@
+"""Router: picks a replica for each request, in any region, by KV headroom and milliseconds.
+
+All of its decisions are `routing.Dispatcher`'s, a state machine without a clock; this deployment
+brings it the events (requests, load reports, Serve's running set, time) and carries the answers:
+what can be said at once in the reply, what has to wait on each Ingress's one stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+from cluster.load import ReplicaLoad
+from serving import metrics
+from serving.config import SearoomConfig
+from serving.dispatcher import Dispatcher, DispatchLimits
+from serving.logs import configure as configure_logs
+from serving.messages import DispatchUpdate, Queued, Route, RouteReply, RouteRequest, decode, encode
+from serving.ray_compat import PinnedHandle, RayMeter, application_name, replica_id
+from serving.transport import Outbox
+
+TICK_S = 0.1
+
+
+class Router:
+    """Made by Serve in the home region. `deployments` are the ModelReplica deployments' names."""
+
+    async def __init__(
+        self, config: SearoomConfig, deployments: dict[str, str], rtt_ms: dict[str, float]
+    ) -> None:
+        configure_logs(config.log_level, replica=replica_id(), region=config.home)
+        self._meter = RayMeter(metrics.ROUTER_SERIES)
+        limits = DispatchLimits(
+            block_tokens=config.engine.block_tokens,
+            max_waiting_requests=config.routing.max_waiting_requests,
+            max_wait_s=config.routing.max_wait_s,
+        )
+        self._dispatcher = Dispatcher(limits, rtt_ms.__getitem__)
+        self._answers: Outbox[RouteReply] = Outbox()
+        self._asked: dict[str, str] = {}  # queued request → the Ingress that waits for its answer
+        application = application_name()
+        self._replicas = [PinnedHandle(deployment, application) for deployment in deployments.values()]
+        self._ticker = asyncio.create_task(self._tick())
+
+    async def pick(self, payload: bytes) -> bytes:
+        """A list of RouteRequest; one reply each, at once."""
+        now = time.time()
+        replies = []
+        for request in decode(payload, list[RouteRequest]):
+            reply = self._dispatcher.request(request, now)
+            if isinstance(reply, Queued):
+                self._asked[request.request_id] = request.ingress_id
+            self._count(reply)
+            replies.append(reply)
+        return encode(replies)
+
+    async def update(self, payload: bytes) -> None:
+        """A list of DispatchUpdate: what became of earlier Routes."""
+        now = time.time()
+        for update in decode(payload, list[DispatchUpdate]):
+            self._publish(self._dispatcher.update(update, now))
+
+    async def report(self, payload: bytes) -> None:
+        """Load reports of replicas."""
+        now = time.time()
+        for load in decode(payload, list[ReplicaLoad]):
+            self._publish(self._dispatcher.replica_reported(load, now))
+
+    async def routes(self, ingress_id: str) -> AsyncIterator[bytes]:
+        """Answers to this Ingress's queued requests, for as long as it listens."""
+        yield encode([])
+        try:
+            async for batch in self._answers.consume(ingress_id):
+                yield encode(batch)
+        finally:
+            if not self._answers.is_attached(ingress_id):
+                self._asked = {asked: by for asked, by in self._asked.items() if by != ingress_id}
+                self._publish(self._dispatcher.ingress_gone(ingress_id, time.time()))
+
+    async def status(self) -> bytes:
+        """Replicas, headroom and what waits: an encoded `RouterStatus`."""
+        return encode(self._dispatcher.status(time.time()))
+
+    async def _tick(self) -> None:
+        while True:
+            now = time.time()
+            running: set[str] = set().union(*(replicas.running() for replicas in self._replicas))
+            self._publish(self._dispatcher.membership(running, now))
+            self._publish(self._dispatcher.tick(now))
+            self._meter.set(metrics.WAITING, len(self._asked), {})
+            self._meter.set(metrics.REPLICAS_KNOWN, len(running), {})
+            await asyncio.sleep(TICK_S)
+
+    def _publish(self, replies: list[RouteReply]) -> None:
+        for reply in replies:
+            self._count(reply)
+            ingress_id = self._asked.pop(reply.request_id, None)
+            if ingress_id is not None:
+                self._answers.put(ingress_id, reply)
+
+    def _count(self, reply: RouteReply) -> None:
+        if isinstance(reply, Route):
+            self._meter.add(metrics.ROUTER_PICKS, 1, {"region": reply.region})

@@ -1,0 +1,74 @@
+"""Stand-ins that behave like the real thing where it matters, instead of being told what to say."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.engine.plan import SamplingBatch, StepPlan
+
+EMPTY = -1
+
+
+def fake_next_token(token_ids: Sequence[int], seed: int, vocab_size: int) -> int:
+    """The fake model: a pure function of every token so far and of the seed."""
+    content = np.asarray(token_ids, dtype="<i4").tobytes() + seed.to_bytes(8, "little")
+    return zlib.crc32(content) % vocab_size
+
+
+class FakeExecutor:
+    """An executor whose "KV cache" holds each slot's token and position.
+
+    It draws from what it reads back through the block tables, so a wrong table, a slot overwritten
+    too early or a prefix block with other content changes its outputs or fails an assertion.
+    `is_poisoned` says for which contexts the logits are not finite.
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_tokens: int,
+        vocab_size: int = 97,
+        is_poisoned: Callable[[tuple[int, ...]], bool] = lambda token_ids: False,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.vocab_size = vocab_size
+        self.num_steps = 0
+        self.computed_tokens = 0
+        self._block_tokens = block_tokens
+        self._is_poisoned = is_poisoned
+        self._token_of = np.full(num_blocks * block_tokens, EMPTY, dtype=np.int32)
+        self._position_of = np.full(num_blocks * block_tokens, EMPTY, dtype=np.int32)
+
+    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
+        """Write all keys and values, then attend: the order of a real forward pass."""
+        assert len(np.unique(plan.slot_mapping)) == len(plan.slot_mapping), "two tokens in one slot"
+        self._token_of[plan.slot_mapping] = plan.token_ids
+        self._position_of[plan.slot_mapping] = plan.positions
+        self.num_steps += 1
+        self.computed_tokens += len(plan.token_ids)
+        drawn = [
+            self._draw(plan, int(row), int(sampling.seed[index]), int(sampling.position[index]))
+            for index, row in enumerate(plan.logits_rows)
+        ]
+        return np.array(drawn, dtype=np.int32)
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+    def _draw(self, plan: StepPlan, row: int, seed: int, position: int) -> int:
+        sequence = int(np.searchsorted(plan.query_start, row, side="right")) - 1
+        context_len = int(plan.context_lens[sequence])
+        assert row == plan.query_start[sequence + 1] - 1, "logits are wanted of a chunk's last row only"
+        assert plan.positions[row] + 1 == context_len == position
+        at = np.arange(context_len)
+        slots = plan.block_tables[sequence, at // self._block_tokens] * self._block_tokens
+        slots = slots + at % self._block_tokens
+        assert (self._position_of[slots] == at).all(), "keys and values of other positions"
+        token_ids = tuple(self._token_of[slots].tolist())
+        if self._is_poisoned(token_ids):
+            return -1
+        return fake_next_token(token_ids, seed, self.vocab_size)

@@ -1,0 +1,166 @@
+"""Drives a scheduler with the fake executor, and says what each request must come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from serving.engine.block_pool import BlockPool
+from serving.engine.scheduled_step import ScheduledStep, build_plan
+from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.sequence import Sequence, SequenceState
+from serving.messages import Accepted, SamplingParams, SequenceDelta, Submit, SubmitReply
+from tests.fakes import FakeExecutor, fake_next_token
+
+VOCAB_SIZE = 97
+ROOT = b"r" * 16
+
+
+def request(
+    request_id: str,
+    token_ids: tuple[int, ...],
+    max_tokens: int = 8,
+    reserve_blocks: int = 0,
+    priority: int = 0,
+    seed: int = 0,
+    stop_token_ids: tuple[int, ...] = (),
+    hash_root: bytes = ROOT,
+) -> Submit:
+    sampling = SamplingParams(max_tokens=max_tokens, seed=seed, stop_token_ids=stop_token_ids)
+    return Submit(
+        request_id=request_id,
+        token_ids=token_ids,
+        sampling=sampling,
+        reserve_blocks=reserve_blocks,
+        hash_root=hash_root,
+        priority=priority,
+    )
+
+
+def expected_outputs(
+    submit: Submit, capacity_tokens: int, context_tokens: int
+) -> tuple[tuple[int, ...], str]:
+    """Output ids and finish reason of a request that runs alone and without a cache."""
+    tokens = list(submit.token_ids)
+    outputs: list[int] = []
+    while True:
+        token = fake_next_token(tokens, submit.sampling.seed, VOCAB_SIZE)
+        tokens.append(token)
+        outputs.append(token)
+        if token in submit.sampling.stop_token_ids:
+            return tuple(outputs), "stop"
+        is_long = len(outputs) >= submit.sampling.max_tokens
+        if is_long or len(tokens) >= context_tokens or len(tokens) > capacity_tokens:
+            return tuple(outputs), "length"
+
+
+@dataclass
+class Harness:
+    """One scheduler and executor; integrity is checked after everything that happens."""
+
+    num_blocks: int
+    block_tokens: int = 4
+    max_num_seqs: int = 8
+    max_step_tokens: int = 16
+    max_context_tokens: int = 1000
+    is_poisoned: Callable[[tuple[int, ...]], bool] = lambda token_ids: False
+    now_s: float = 0.0
+    submits: dict[str, Submit] = field(default_factory=dict)
+    sequences: dict[str, Sequence] = field(default_factory=dict)  # of the accepted ones
+    outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    ends: dict[str, SequenceDelta] = field(default_factory=dict)
+    steps: list[ScheduledStep] = field(default_factory=list)
+    in_flight: ScheduledStep | None = None
+
+    def __post_init__(self) -> None:
+        limits = SchedulerLimits(self.max_num_seqs, self.max_step_tokens, self.max_context_tokens)
+        self.pool = BlockPool(self.num_blocks, self.block_tokens)
+        self.scheduler = Scheduler(self.pool, limits)
+        self.executor = FakeExecutor(self.num_blocks, self.block_tokens, VOCAB_SIZE, self.is_poisoned)
+
+    def submit(self, submit: Submit) -> SubmitReply:
+        sequence = Sequence.from_submit(submit, self.block_tokens)
+        reply = self.scheduler.reserve(sequence, self.now_s)
+        if isinstance(reply, Accepted):
+            self.submits[submit.request_id] = submit
+            self.sequences[submit.request_id] = sequence
+            self.outputs[submit.request_id] = ()
+        self.scheduler.check_integrity()
+        return reply
+
+    def abort(self, request_id: str) -> bool:
+        was_live = self.scheduler.abort(request_id)
+        self.scheduler.check_integrity()
+        return was_live
+
+    def begin(self) -> ScheduledStep | None:
+        """Schedule a step and leave it in flight."""
+        before = {name: (s.state, s.num_preemptions, s.tokens_when_preempted) for name, s in self._live()}
+        self.in_flight = self.scheduler.schedule(self.now_s)
+        self.scheduler.check_integrity()
+        self._check_order({name for name, (state, *_) in before.items() if state is SequenceState.WAITING})
+        for name, (_, num_preemptions, tokens_then) in before.items():
+            sequence = self.sequences[name]
+            if sequence.num_preemptions > num_preemptions > 0:
+                assert sequence.tokens_when_preempted > tokens_then, "preempted again without progress"
+        if self.in_flight is None:
+            self._take(self.scheduler.take_ends())
+        else:
+            self.steps.append(self.in_flight)
+            assert sum(chunk.num_tokens for chunk in self.in_flight.chunks) <= self.max_step_tokens
+            assert all(chunk.num_tokens > 0 for chunk in self.in_flight.chunks)
+        return self.in_flight
+
+    def end(self) -> None:
+        assert self.in_flight is not None
+        tokens = self.executor.execute(*build_plan(self.in_flight, self.block_tokens))
+        self.now_s += 1.0
+        self._take(self.scheduler.complete(self.in_flight, tokens, self.now_s))
+        self.in_flight = None
+        self.scheduler.check_integrity()
+
+    def step(self) -> bool:
+        if self.begin() is None:
+            return False
+        self.end()
+        return True
+
+    def run(self, max_steps: int = 5000) -> None:
+        """Step until nothing is left to do."""
+        if self.in_flight is not None:
+            self.end()
+        for _ in range(max_steps):
+            if not self.step():
+                break
+        assert not self.scheduler.has_work, "somebody starves"
+        assert self.ends.keys() == self.submits.keys(), "an accepted request was lost"
+        load = self.scheduler.load()
+        assert load.blocks_free + load.blocks_evictable == load.blocks_total, "a block leaked"
+        assert load.blocks_reserved == 0
+
+    def check_outputs(self) -> None:
+        """Everybody who was not aborted got exactly what it gets alone."""
+        capacity = self.num_blocks * self.block_tokens
+        for request_id, end in self.ends.items():
+            outputs, reason = expected_outputs(self.submits[request_id], capacity, self.max_context_tokens)
+            if end.finish_reason == "abort":
+                assert self.outputs[request_id] == outputs[: len(self.outputs[request_id])]
+            else:
+                assert (self.outputs[request_id], end.finish_reason) == (outputs, reason)
+
+    def _live(self) -> list[tuple[str, Sequence]]:
+        return [(n, s) for n, s in self.sequences.items() if s.state is not SequenceState.FINISHED]
+
+    def _check_order(self, were_waiting: set[str]) -> None:
+        """Nobody was admitted past one who stands before it."""
+        waiting = [s.order for _, s in self._live() if s.state is SequenceState.WAITING]
+        running = [n for n, s in self._live() if s.state is SequenceState.RUNNING]
+        admitted = [self.sequences[name].order for name in running if name in were_waiting]
+        assert not admitted or not waiting or max(admitted) < min(waiting)
+
+    def _take(self, deltas: tuple[SequenceDelta, ...]) -> None:
+        for delta in deltas:
+            assert delta.request_id not in self.ends, "news after the end"
+            self.outputs[delta.request_id] += delta.token_ids
+            if delta.finish_reason is not None:
+                self.ends[delta.request_id] = delta
