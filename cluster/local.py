@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,13 @@ class LocalCluster:
 
     def _holder_environment(self) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if name not in FOREIGN_VARIABLES}
+        autoscaler_port, dashboard_port = _free_ports(2)
         ours = {
+            # A job's entrypoint `python` is the cluster's, whatever was activated in the shell.
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+            # Ray's defaults are fixed: a second cluster would list the first one's figures as its own.
+            "AUTOSCALER_METRIC_PORT": str(autoscaler_port),
+            "DASHBOARD_METRIC_PORT": str(dashboard_port),
             "TMPDIR": str(self._folder),  # what the killed leave behind goes with the folder
             "RAY_TMPDIR": str(self._folder),  # else drivers of other clusters would find this one
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
@@ -267,6 +274,14 @@ def _require_free(port: int) -> None:
             raise ClusterStartError(f"dashboard port {port} on {HOST} is in use; choose another") from taken
 
 
+def _free_ports(count: int) -> list[int]:
+    with ExitStack() as open_until_all_are_found:
+        probes = [open_until_all_are_found.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((HOST, 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
 def _family(pid: int) -> list[psutil.Process]:
     """The process and all below it; empty when it is gone."""
     try:
@@ -279,7 +294,6 @@ def _family(pid: int) -> list[psutil.Process]:
 def _explain(folder: Path) -> str:
     """The ends of the logs that may tell why the nodes did not come up."""
     logs = [folder / LOG_NAME, *sorted(folder.glob("ray/session_2*/logs/*.err"))]
-    logs += folder.glob("ray/session_2*/logs/dashboard.log")
     tails = [(log.name, _tail(log)) for log in logs]
     shown = "\n".join(f"{name}:\n{tail}" for name, tail in tails if tail)
     return f"the local Ray cluster did not start.\n{shown}"

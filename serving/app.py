@@ -29,6 +29,8 @@ from serving.router import Router
 MAX_ONGOING_CALLS = 10_000  # Serve's default of 5 would queue calls unseen; admission is by KV blocks
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
+# A line a call would be a line a load report; requests are logged once, by Ingress.
+NO_ACCESS_LOG = {"enable_access_log": False}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,8 @@ def compose(plan: Plan) -> Application:
         pretend_rtt_ms=pretend_ms,
         key_sha256=key_digests(config.ingress.auth),
     )
-    ingress = _control_deployment(Ingress, "Ingress", config, num_replicas=config.ingress.replicas)
+    gateway = serve.ingress()(Ingress)
+    ingress = _control_deployment(gateway, "Ingress", config, num_replicas=config.ingress.replicas)
     return ingress.bind(config, setup, router, *replicas)
 
 
@@ -98,6 +101,7 @@ def _control_deployment(cls: type, name: str, config: SearoomConfig, *, num_repl
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=_drain_s(config),
+        logging_config=NO_ACCESS_LOG,
     )
 
 
@@ -122,6 +126,7 @@ def _model_replica(plan: Plan, region: RegionConfig, pretend_ms: float) -> Appli
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=_drain_s(config),
+        logging_config=NO_ACCESS_LOG,
         **options,
     )
     return deployment.bind(config, region.name, pretend_ms, environment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from typing import Any
@@ -14,6 +15,7 @@ from ray.serve.schema import ApplicationStatus, DeploymentStatus
 from rich.console import Console
 
 from serving.errors import ConfigError
+from serving.ray_compat import start_application
 
 APPLICATION = "searoom"
 POLL_S = 0.2
@@ -27,14 +29,20 @@ def deploy_application(
     Meant for `ray job submit`: replicas use the job's working directory, so nothing is installed.
     """
     ray.init(namespace="searoom", log_to_driver=False)
+    quiet_serve()
     options = serve_config.get("http_options") or {}
     serve.start(
         proxy_location=serve_config.get("proxy_location", "HeadOnly"),
         http_options=HTTPOptions(host=options.get("host", "127.0.0.1"), port=options.get("port", 8000)),
     )
     name = entry.get("name", APPLICATION)
-    serve.run(application, name=name, route_prefix=entry.get("route_prefix", "/"), _blocking=False)
+    start_application(application, name, entry.get("route_prefix", "/"))
     wait_until_running(console, threading.Event(), name)
+
+
+def quiet_serve() -> None:
+    """Serve's own progress lines would run through ours."""
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
 def wait_until_running(console: Console, stop: threading.Event, name: str = APPLICATION) -> None:

@@ -42,6 +42,7 @@ class RankIdentity(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     world_size: int
     ranks_on_node: int
+    node_address: str
 
 
 class RankReady(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,11 +67,11 @@ class Rank:
         self._frames: Stream[StepFrame] = Stream()
         self._failure: BaseException | None = None
 
-    async def rendezvous(self, host: str) -> str:
-        """A free port on this rank's node, where the group meets."""
+    async def rendezvous(self) -> str:
+        """Where the group meets: an address of this rank's node, and a port free on it now."""
         with socket.socket() as probe:
-            probe.bind((host, 0))
-            return f"{host}:{probe.getsockname()[1]}"
+            probe.bind((self._identity.node_address, 0))
+            return f"{self._identity.node_address}:{probe.getsockname()[1]}"
 
     async def load(self, rendezvous: str) -> RankReady:
         """Load the shard, join the group, size the KV pool; on rank 0 also start the step thread."""

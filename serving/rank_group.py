@@ -55,6 +55,7 @@ class RankGroup:
         if group is None:
             raise ConfigError("a ModelReplica needs a placement group: deploy it through serving.app:build")
         nodes = placement_group_table(group)["bundles_to_node_id"]
+        addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         order = rank_order([nodes[index] for index in range(world_size)])
         ranks = []
         for rank, bundle in enumerate(order):
@@ -64,6 +65,7 @@ class RankGroup:
                 rank=rank,
                 world_size=world_size,
                 ranks_on_node=sum(node == nodes[bundle] for node in nodes.values()),
+                node_address=addresses[nodes[bundle]],
             )
             options: dict[str, Any] = {
                 "num_cpus": RANK_CPUS,
@@ -74,8 +76,7 @@ class RankGroup:
             }
             ranks.append(ray.remote(Rank).options(**options).remote(identity, config.model, config.engine))
         try:
-            host = await ranks[0].node_address.remote()
-            rendezvous = await ranks[0].rendezvous.remote(host)
+            rendezvous = await ranks[0].rendezvous.remote()
             ready = await asyncio.gather(*(rank.load.remote(rendezvous) for rank in ranks))
         except RayTaskError as failed:
             _kill(ranks)

@@ -6,6 +6,7 @@ What is private here, each with a test that fails when Ray changes it:
 - `DeploymentHandle._init(_run_router_in_separate_loop=...)`: the handle's router shares our event
   loop, which saves two thread hops a call.
 - `handle.options(_by_reference=False)`: gRPC between replicas instead of actor calls.
+- `serve.run_many`, which starts an application without waiting for it (a developer API).
 - `handle._router._asyncio_router.request_router.curr_replicas`: Serve's running set.
 """
 
@@ -17,6 +18,7 @@ from typing import Any
 import grpc
 from ray import serve
 from ray.exceptions import RayActorError
+from ray.serve import Application, RunTarget
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Gauge, Histogram
@@ -27,6 +29,7 @@ from serving.metrics import Series, Tags
 
 GONE = (RayActorError, RayServeException, grpc.aio.AioRpcError, DeploymentUnavailableError)
 PINNED_ROUTER = "serving.ray_compat:PinnedRouter"
+SERVE_TAG = "replica"
 
 
 class PinnedRouter(RequestRouter):
@@ -107,6 +110,12 @@ class ServiceHandle:
             response.cancel()
 
 
+def start_application(application: Application, name: str, route_prefix: str) -> None:
+    """Hand the application to Serve and return: what becomes of it is in `serve.status()`."""
+    target = RunTarget(target=application, name=name, route_prefix=route_prefix)
+    serve.run_many([target], wait_for_applications_running=False)
+
+
 def _connect(deployment: str, application: str) -> DeploymentHandle:
     handle = serve.get_deployment_handle(deployment, application)
     if not handle.is_initialized:
@@ -124,23 +133,31 @@ def application_name() -> str:
 
 
 class RayMeter:
-    """A `metrics.Meter` whose series are Ray's, and so on Ray's Prometheus endpoint as `ray_searoom_...`."""
+    """A `metrics.Meter` whose series are Ray's, and so on Ray's Prometheus endpoint as `ray_searoom_...`.
+
+    Serve tags every series with the replica, and takes no tag of that name from us.
+    """
 
     def __init__(self, series: Sequence[Series]) -> None:
-        self._counters = {s.name: Counter(s.name, s.description, s.tags) for s in series if s.kind == "counter"}
-        self._gauges = {s.name: Gauge(s.name, s.description, s.tags) for s in series if s.kind == "gauge"}
-        self._histograms = {
-            s.name: Histogram(s.name, s.description, list(s.boundaries), s.tags)
-            for s in series
-            if s.kind == "histogram"
-        }
+        self._series: dict[str, Any] = {}
+        for one in series:
+            tags = tuple(tag for tag in one.tags if tag != SERVE_TAG)
+            if one.kind == "histogram":
+                self._series[one.name] = Histogram(one.name, one.description, list(one.boundaries), tags)
+            else:
+                kind = Counter if one.kind == "counter" else Gauge
+                self._series[one.name] = kind(one.name, one.description, tags)
 
     def add(self, series: Series, amount: float, tags: Tags) -> None:
         if amount:  # Ray takes no zero
-            self._counters[series.name].inc(amount, dict(tags))
+            self._series[series.name].inc(amount, _ours(tags))
 
     def set(self, series: Series, value: float, tags: Tags) -> None:
-        self._gauges[series.name].set(value, dict(tags))
+        self._series[series.name].set(value, _ours(tags))
 
     def observe(self, series: Series, value: float, tags: Tags) -> None:
-        self._histograms[series.name].observe(value, dict(tags))
+        self._series[series.name].observe(value, _ours(tags))
+
+
+def _ours(tags: Tags) -> dict[str, str]:
+    return {tag: value for tag, value in tags.items() if tag != SERVE_TAG}

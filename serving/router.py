@@ -14,9 +14,9 @@ from collections.abc import AsyncIterator
 from cluster.load import ReplicaLoad
 from serving import metrics
 from serving.config import SearoomConfig
-from serving.dispatcher import Dispatcher, DispatchLimits
+from serving.dispatcher import Answers, Dispatcher, DispatcherLimits
 from serving.logs import configure as configure_logs
-from serving.messages import DispatchUpdate, Queued, Route, RouteReply, RouteRequest, decode, encode
+from serving.messages import DispatchUpdate, Route, RouteReply, RouteRequest, decode, encode
 from serving.ray_compat import PinnedHandle, RayMeter, application_name, replica_id
 from serving.transport import Outbox
 
@@ -31,14 +31,11 @@ class Router:
     ) -> None:
         configure_logs(config.log_level, replica=replica_id(), region=config.home)
         self._meter = RayMeter(metrics.ROUTER_SERIES)
-        limits = DispatchLimits(
-            block_tokens=config.engine.block_tokens,
-            max_waiting_requests=config.routing.max_waiting_requests,
-            max_wait_s=config.routing.max_wait_s,
+        limits = DispatcherLimits(
+            max_waiting_requests=config.routing.max_waiting_requests, max_wait_s=config.routing.max_wait_s
         )
-        self._dispatcher = Dispatcher(limits, rtt_ms.__getitem__)
+        self._dispatcher = Dispatcher(limits, rtt_ms, block_tokens=config.engine.block_tokens)
         self._answers: Outbox[RouteReply] = Outbox()
-        self._asked: dict[str, str] = {}  # queued request → the Ingress that waits for its answer
         application = application_name()
         self._replicas = [PinnedHandle(deployment, application) for deployment in deployments.values()]
         self._ticker = asyncio.create_task(self._tick())
@@ -46,19 +43,17 @@ class Router:
     async def pick(self, payload: bytes) -> bytes:
         """A list of RouteRequest; one reply each, at once."""
         now = time.time()
-        replies = []
-        for request in decode(payload, list[RouteRequest]):
-            reply = self._dispatcher.request(request, now)
-            if isinstance(reply, Queued):
-                self._asked[request.request_id] = request.ingress_id
+        replies = [self._dispatcher.request(request, now) for request in decode(payload, list[RouteRequest])]
+        for reply in replies:
             self._count(reply)
-            replies.append(reply)
         return encode(replies)
 
     async def update(self, payload: bytes) -> None:
         """A list of DispatchUpdate: what became of earlier Routes."""
         now = time.time()
         for update in decode(payload, list[DispatchUpdate]):
+            if update.outcome == "lost":
+                self._dispatcher.replica_lost(update.replica_id, now)
             self._publish(self._dispatcher.update(update, now))
 
     async def report(self, payload: bytes) -> None:
@@ -75,7 +70,6 @@ class Router:
                 yield encode(batch)
         finally:
             if not self._answers.is_attached(ingress_id):
-                self._asked = {asked: by for asked, by in self._asked.items() if by != ingress_id}
                 self._publish(self._dispatcher.ingress_gone(ingress_id, time.time()))
 
     async def status(self) -> bytes:
@@ -88,16 +82,14 @@ class Router:
             running: set[str] = set().union(*(replicas.running() for replicas in self._replicas))
             self._publish(self._dispatcher.membership(running, now))
             self._publish(self._dispatcher.tick(now))
-            self._meter.set(metrics.WAITING, len(self._asked), {})
+            self._meter.set(metrics.WAITING, self._dispatcher.num_waiting, {})
             self._meter.set(metrics.REPLICAS_KNOWN, len(running), {})
             await asyncio.sleep(TICK_S)
 
-    def _publish(self, replies: list[RouteReply]) -> None:
-        for reply in replies:
+    def _publish(self, answers: Answers) -> None:
+        for ingress_id, reply in answers:
             self._count(reply)
-            ingress_id = self._asked.pop(reply.request_id, None)
-            if ingress_id is not None:
-                self._answers.put(ingress_id, reply)
+            self._answers.put(ingress_id, reply)
 
     def _count(self, reply: RouteReply) -> None:
         if isinstance(reply, Route):

@@ -13,12 +13,12 @@ evictable the moment they are used, so they leave `evictable` as they leave the 
     under_way  = chunk_ms while anything runs, else 0    the step that is on the GPU now
     prefill(n) = ceil(n / c) * chunk_ms + n * per_token_ms
 
-    wait_ms    = under_way + prefill(backlog)
-    work_ms    = prefill(backlog + p) - prefill(backlog) + per_kv_token_ms * p * (chunks of p + 1) / 2
-    predicted  = rtt_ms + wait_ms + work_ms
+    read_back  = per_kv_token_ms * p * (chunks of p + 1) / 2
+    predicted  = rtt_ms + under_way + prefill(backlog + p) + read_back
+    wait_ms    = under_way + prefill(backlog)            the rest, but for the round trip, is work
 
 `p` is the prompt without its matched blocks, `backlog` the prompt tokens the replica has not run
-yet, dispatched ones included. The last term of the work is the context its own chunks read back.
+yet, dispatched ones included; `read_back` is the context that p's own chunks read again.
 """
 
 from __future__ import annotations
@@ -106,25 +106,17 @@ def headroom_blocks(view: ReplicaView, request: RouteRequest, block_tokens: int)
     return view.load.room_blocks - view.dispatched_blocks - demand
 
 
-def wait_ms(view: ReplicaView) -> float:
-    """Predicted milliseconds before a new prompt's first chunk: the step under way and the backlog."""
-    under_way = _chunk_ms(view) if _running(view) else 0.0
-    return under_way + _prefill_ms(view, _backlog_tokens(view))
-
-
-def work_ms(view: ReplicaView, request: RouteRequest, block_tokens: int) -> float:
-    """Predicted milliseconds the prompt itself adds, matched blocks left out."""
-    matched = view.matched_blocks * block_tokens
-    tokens = max(1, request.prompt_tokens - matched)  # the last token is always computed
-    backlog = _backlog_tokens(view)
-    chunks = _ceil_div(tokens, _chunk_tokens(view))
-    read_back = view.load.step.per_kv_token_ms * tokens * (chunks + 1) / 2
-    return _prefill_ms(view, backlog + tokens) - _prefill_ms(view, backlog) + read_back
-
-
 def predicted_ms(view: ReplicaView, request: RouteRequest, block_tokens: int) -> float:
     """Predicted milliseconds until the request's first token, the way there included."""
-    return view.rtt_ms + wait_ms(view) + work_ms(view, request, block_tokens)
+    tokens = max(1, request.prompt_tokens - view.matched_blocks * block_tokens)  # the last is always computed
+    chunks = _ceil_div(tokens, _chunk_tokens(view))
+    read_back = view.load.step.per_kv_token_ms * tokens * (chunks + 1) / 2
+    return view.rtt_ms + _under_way_ms(view) + _prefill_ms(view, _backlog_tokens(view) + tokens) + read_back
+
+
+def wait_ms(view: ReplicaView) -> float:
+    """Of that, the milliseconds before its first chunk: the step under way and the backlog."""
+    return _under_way_ms(view) + _prefill_ms(view, _backlog_tokens(view))
 
 
 def drain_ms(blocks: int, expected_new_tokens: int, views: Iterable[ReplicaView]) -> float | None:
@@ -167,6 +159,10 @@ def _backlog_tokens(view: ReplicaView) -> int:
 
 def _chunk_tokens(view: ReplicaView) -> int:
     return max(1, view.load.max_step_tokens - _running(view))
+
+
+def _under_way_ms(view: ReplicaView) -> float:
+    return _chunk_ms(view) if _running(view) else 0.0
 
 
 def _chunk_ms(view: ReplicaView) -> float:

@@ -31,8 +31,9 @@ from serving import model_files, running
 from serving.app import Plan, compose, make_plan
 from serving.auth import digest_of, load_key
 from serving.config import SearoomConfig, parse_config, read_config
-from serving.deploy import APPLICATION, wait_until_running
+from serving.deploy import APPLICATION, quiet_serve, wait_until_running
 from serving.errors import ConfigError
+from serving.ray_compat import start_application
 
 HOST = "127.0.0.1"
 KV_BYTES_PER_VALUE = 2
@@ -75,7 +76,7 @@ def run_up(options: UpOptions, console: Console) -> None:
         try:
             with _stage(console, "Serve", "starting Serve"):
                 serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=HOST, port=options.port))
-            serve.run(compose(plan), name=APPLICATION, route_prefix="/", blocking=False, _blocking=False)
+            start_application(compose(plan), APPLICATION, "/")
             wait_until_running(console, stop)
             if stop.is_set():
                 return
@@ -92,7 +93,8 @@ def run_up(options: UpOptions, console: Console) -> None:
         finally:
             running.forget()
             console.print("taking it down ...")
-            serve.delete(APPLICATION, _blocking=False) if options.address else serve.shutdown()
+            if options.address is not None:  # a cluster of our own goes as a whole
+                serve.delete(APPLICATION, _blocking=False)
 
 
 def merge(options: UpOptions, key_digest: str) -> SearoomConfig:
@@ -134,7 +136,7 @@ def _ray_cluster(options: UpOptions, config: SearoomConfig, console: Console) ->
     if options.address is not None:
         with _stage(console, "Ray", f"joining {options.address}"):
             try:
-                context = ray.init(address=options.address, namespace="searoom", log_to_driver=False)
+                context = _join(options.address)
             except (ConnectionError, RuntimeError) as error:
                 raise ConfigError(
                     f"--address: no Ray cluster answers at {options.address}: {error}"
@@ -154,13 +156,18 @@ def _ray_cluster(options: UpOptions, config: SearoomConfig, console: Console) ->
     try:
         with _stage(console, "Ray", f"starting Ray ({len(labels)} node{'s' * (len(labels) > 1)})"):
             cluster.start()
-            ray.init(address=cluster.address, namespace="searoom", log_to_driver=False)
+            _join(cluster.address)
         yield cluster.address, cluster.dashboard_url
     except ClusterStartError as error:
         raise ConfigError(str(error)) from error
     finally:
         ray.shutdown()
         cluster.stop()
+
+
+def _join(address: str) -> Any:
+    quiet_serve()
+    return ray.init(address=address, namespace="searoom", log_to_driver=False, logging_level="warning")
 
 
 def _fetch_model(source: str, console: Console) -> None:
@@ -179,6 +186,7 @@ def _fetch_model(source: str, console: Console) -> None:
 def _require_free_port(port: int, flag: str) -> None:
     """A plain bind: Serve's proxy sets SO_REUSEPORT, and would silently share a port in use."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections do not use it
         try:
             probe.bind((HOST, port))
         except OSError as error:

@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from serving.engine.plan import SamplingBatch, StepPlan
+from serving.model_spec import ModelSpec
+
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorOptions:
+    """What a rank is told at its start.
+
+    `kv_blocks` sets the pool's size; without it the pool takes measured free memory, at most
+    `kv_memory_bytes` a rank (None: 1 GiB on CPU, no limit on CUDA). `rendezvous` is rank 0's
+    "host:port", needed when `world_size` > 1. `dtype` "auto" is bfloat16 where the hardware
+    multiplies it natively, else float32.
+    """
+
+    weights: tuple[Path, ...]
+    spec: ModelSpec
+    dtype: DTypeName = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    block_tokens: int = 16
+    kv_blocks: int | None = None
+    kv_memory_bytes: int | None = None
+    rank: int = 0
+    world_size: int = 1
+    rendezvous: str | None = None
+    num_threads: int = 1
 
 
 class Executor(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from serving.engine.plan import SamplingBatch, StepPlan
@@ -13,8 +14,7 @@ UINT64_MASK = 2**64 - 1
 INT32_MAX = 2**31 - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, eq=False):
     """Tokens `start : start + num_tokens` of a sequence, with blocks allocated for them."""
 
     sequence: Sequence
@@ -57,18 +57,14 @@ def build_plan(step: ScheduledStep, block_tokens: int) -> tuple[StepPlan, Sampli
     query_start = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(counts, out=query_start[1:])
 
-    width = -(-int(context_lens.max()) // block_tokens)
-    block_tables = np.zeros((len(chunks), width), dtype=np.int32)
-    token_ids = np.empty(query_start[-1], dtype=np.int32)
-    row = 0
-    for index, chunk in enumerate(chunks):
-        # No view outlives its line: an array.array with a view on it cannot grow.
-        table = np.frombuffer(chunk.sequence.block_table, dtype=np.int32)[:width]
-        block_tables[index, : len(table)] = table
-        tokens = np.frombuffer(chunk.sequence.token_ids, dtype=np.int32)
-        token_ids[row : row + chunk.num_tokens] = tokens[chunk.start : chunk.end]
-        row += chunk.num_tokens
-    del table, tokens
+    # Joined as bytes and scattered at once: a numpy call a sequence would cost more than the step's rest.
+    token_bytes = bytearray().join([chunk.sequence.token_ids[chunk.start : chunk.end] for chunk in chunks])
+    token_ids = np.frombuffer(token_bytes, dtype=np.int32)
+    tables = [chunk.sequence.block_table for chunk in chunks]
+    widths = np.array([len(table) for table in tables])
+    block_tables = np.zeros((len(chunks), widths.max()), dtype=np.int32)
+    is_block = np.arange(widths.max()) < widths[:, None]
+    block_tables[is_block] = np.frombuffer(b"".join(tables), dtype=np.int32)
 
     sequence_of = np.repeat(np.arange(len(chunks), dtype=np.int32), counts)
     positions = np.arange(len(token_ids), dtype=np.int32) + (starts - query_start[:-1])[sequence_of]

@@ -122,13 +122,12 @@ class Scheduler:
         assert self._in_flight is None, "complete the step before"
         budget = self.limits.max_step_tokens
         num_preemptions = self._grow_decodes()
-        decodes = [sequence for sequence in self._running if sequence.is_decoding]
-        prefills = [sequence for sequence in self._running if not sequence.is_decoding]
         chunks: list[Chunk] = []
-        for sequence in (*decodes, *prefills)[:budget]:
-            if budget > 0:
-                chunks.append(_chunk(sequence, budget))
-                budget -= chunks[-1].num_tokens
+        for sequence in sorted(self._running, key=_is_prefill):  # stable: their order stays
+            if budget == 0:
+                break
+            chunks.append(_chunk(sequence, budget))
+            budget -= chunks[-1].num_tokens
         hits = queries = 0
         while budget > 0 and (admitted := self._admit_next()) is not None:
             if admitted.admitted_s is None:
@@ -253,8 +252,11 @@ class Scheduler:
     def _grow_decodes(self) -> int:
         """A block for each decode whose last one is full; returns the preemptions that took."""
         num_preemptions = 0
-        for sequence in [s for s in self._running if s.is_decoding]:
-            if sequence.num_tokens <= len(sequence.block_table) * self.pool.block_tokens:
+        for sequence in list(self._running):
+            if (
+                not sequence.is_decoding
+                or sequence.num_tokens <= len(sequence.block_table) * self.pool.block_tokens
+            ):
                 continue
             while sequence.state is SequenceState.RUNNING and not self._unpin_waiting(1):
                 self._preempt(self._choose_victim())
@@ -338,16 +340,21 @@ def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
 
 
+def _is_prefill(sequence: Sequence) -> bool:
+    return not sequence.is_decoding
+
+
 def _remove(queue: list[Sequence], sequence: Sequence) -> None:
     del queue[bisect_left(queue, sequence.order, key=_order)]
 
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:
-    num_tokens = min(budget, sequence.num_uncomputed)
+    num_uncomputed = sequence.num_uncomputed
+    num_tokens = min(budget, num_uncomputed)
     return Chunk(
         sequence=sequence,
         start=sequence.num_computed,
         num_tokens=num_tokens,
         is_decode=sequence.is_decoding,
-        wants_token=num_tokens == sequence.num_uncomputed,
+        wants_token=num_tokens == num_uncomputed,
     )

@@ -93,7 +93,7 @@ class Sequence:
     @property
     def is_decoding(self) -> bool:
         """Only its newest output is still to compute."""
-        return self.num_uncomputed == 1 and self.num_outputs > 0
+        return len(self.token_ids) == self.num_computed + 1 > self.prompt_tokens
 
     @property
     def is_protected(self) -> bool:

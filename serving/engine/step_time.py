@@ -103,13 +103,14 @@ class StepTimeModel:
     """Least squares over the relative errors of past steps, older ones forgotten exponentially.
 
     Recursive in information form: `A = Σ λ^age x·xᵀ` and `b = Σ λ^age x` with `x = features / ms`, so
-    that `θ = argmin Σ λ^age (θ·x - 1)²` costs the same at every step. The prior is a fixed weak ridge
-    that is never forgotten: a direction the workload does not excite stays where the roofline put it,
-    instead of drifting. Coefficients are kept non-negative.
+    that `θ = argmin Σ λ^age (θ·x - 1)²` costs the same at every step. A weak pull towards the fit before
+    (at first the roofline's) keeps a direction that the workload does not excite where it was last
+    known: after an hour without prefill its cost is neither forgotten nor free to drift. Coefficients
+    are kept non-negative.
     """
 
-    FORGETTING = 0.998  # a memory of about 500 steps
-    PRIOR_WEIGHT = 1e-4  # of one coefficient's relative error, beside one step's
+    FORGETTING = 0.995  # a memory of about 200 steps
+    PULL = 1e-6  # towards the fit before, as a part of all that the steps say; also bounds the condition
 
     def __init__(
         self,
@@ -126,6 +127,7 @@ class StepTimeModel:
         self._coefficients = prior
         self._prior = np.array([prior.base_ms, prior.per_token_ms, prior.per_kv_token_ms])
         # In units of the prior θ is around 1, which keeps the 3 × 3 system well conditioned.
+        self._scaled: Floats = np.ones(3)
         self._information = np.zeros((3, 3))
         self._moment = np.zeros(3)
 
@@ -143,9 +145,11 @@ class StepTimeModel:
         row = np.array([1.0, tokens, kv_tokens]) * self._prior / ms
         self._information = self.FORGETTING * self._information + np.outer(row, row)
         self._moment = self.FORGETTING * self._moment + row
-        ridge = self.PRIOR_WEIGHT * np.eye(3)
-        scaled = _non_negative_solution(self._information + ridge, self._moment + self.PRIOR_WEIGHT)
-        base_ms, per_token_ms, per_kv_token_ms = (scaled * self._prior).tolist()
+        pull = self.PULL * float(np.trace(self._information))
+        self._scaled = _non_negative_solution(
+            self._information + pull * np.eye(3), self._moment + pull * self._scaled
+        )
+        base_ms, per_token_ms, per_kv_token_ms = (self._scaled * self._prior).tolist()
         self._coefficients = StepCoefficients(base_ms, per_token_ms, per_kv_token_ms)
 
     def flops(self, shape: StepShape) -> float:

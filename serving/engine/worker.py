@@ -13,10 +13,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import zlib
-from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import psutil
@@ -24,16 +21,14 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
+from serving.engine.executor import DTypeName, ExecutorOptions
 from serving.engine.model_runner import ModelRunner, allocate_kv_cache
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.engine.sampler import sample
 from serving.errors import ConfigError
-from serving.model_spec import ModelSpec
 from serving.models import ARCHITECTURES
 from serving.models.layers import Shard
 from serving.models.weights import open_weights
-
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DEFAULT_CPU_KV_BYTES = 1 << 30
@@ -45,29 +40,6 @@ _KEEP_ALIVE, _PLAN, _STOP = 0, 1, 2
 _GROUP_TIMEOUT = timedelta(minutes=10)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorkerOptions:
-    """What a rank is told at its start.
-
-    `kv_blocks` sets the pool's size; without it the pool takes measured free memory, at most
-    `kv_memory_bytes` a rank (None: 1 GiB on CPU, no limit on CUDA). `rendezvous` is rank 0's
-    "host:port", needed when `world_size` > 1. `dtype` "auto" is bfloat16 where the hardware
-    multiplies it natively, else float32.
-    """
-
-    weights: tuple[Path, ...]
-    spec: ModelSpec
-    dtype: DTypeName = "auto"
-    device: Literal["cpu", "cuda"] = "cpu"
-    block_tokens: int = 16
-    kv_blocks: int | None = None
-    kv_memory_bytes: int | None = None
-    rank: int = 0
-    world_size: int = 1
-    rendezvous: str | None = None
-    num_threads: int = 1
-
-
 class Worker:
     """A rank. Rank 0 is the engine's `Executor`; the others call `follow`.
 
@@ -76,9 +48,10 @@ class Worker:
     cannot be read. One thread at a time may call it.
     """
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: ExecutorOptions) -> None:
         _check_split(options)
-        torch.set_num_threads(options.num_threads)
+        self._num_threads = options.num_threads
+        torch.set_num_threads(self._num_threads)
         self._rank, self._world_size = options.rank, options.world_size
         self._device = torch.device(options.device)
         dtype = _resolve_dtype(options.dtype, self._device)
@@ -103,11 +76,13 @@ class Worker:
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
         """Run `plan` on every rank and draw one token a wanted row: [S], -1 where not finite."""
         self._send(_PLAN, plan.pack())
+        torch.set_num_threads(self._num_threads)  # OpenMP counts threads for each calling thread
         with torch.inference_mode():
             return sample(self._runner.logits(plan), sampling).cpu().numpy()
 
     def follow(self) -> None:
         """Run what rank 0 plans until it stops. Raises RuntimeError when rank 0 dies."""
+        torch.set_num_threads(self._num_threads)
         while (message := self._receive())[0] != _STOP:
             if message[0] == _PLAN:
                 self._runner.hidden(StepPlan.unpack(message[1]))
@@ -151,7 +126,7 @@ class Worker:
         if self._tensor_group is not None:
             dist.all_reduce(partial, group=self._tensor_group)
 
-    def _size_pool(self, options: WorkerOptions) -> int:
+    def _size_pool(self, options: ExecutorOptions) -> int:
         """The number of blocks every rank can hold; the same answer, or ConfigError, on each."""
         limit = options.kv_memory_bytes
         if limit is None and self._device.type == "cpu":
@@ -163,12 +138,16 @@ class Worker:
             wanted = fitting if limit is None else min(fitting, limit // self.block_bytes)
         if 0 < wanted <= fitting:
             return wanted
-        needed_mib = max(wanted, 1) * self.block_bytes / (1 - _ACTIVATION_SHARE) / 2**20
+        if options.kv_blocks is None and fitting > 0:
+            raise ConfigError(
+                f"kv_memory_bytes: {limit} does not hold one KV block of {self.block_bytes} bytes; raise it"
+            )
+        needed_bytes = max(wanted, 1) * self.block_bytes / (1 - _ACTIVATION_SHARE)
         raise ConfigError(
-            f"KV pool: {max(wanted, 1)} blocks of {self.block_bytes} bytes need {needed_mib:.1f} MiB free on "
-            f"each rank with their share for activations; this rank has {free_bytes / 2**20:.1f} MiB and may "
-            f"take {'all of it' if limit is None else f'{limit / 2**20:.1f} MiB'}, the tightest rank fits "
-            f"{fitting} blocks. Lower kv_blocks, raise kv_memory_bytes, free memory, or take a smaller model"
+            f"kv_blocks: {max(wanted, 1)} blocks of {self.block_bytes} bytes need "
+            f"{needed_bytes / 2**20:.1f} MiB free on every rank, a tenth of it for activations; this rank "
+            f"has {free_bytes / 2**20:.1f} MiB, and {fitting} blocks fit the tightest rank. Lower kv_blocks, "
+            "free memory, or take a smaller model or dtype"
         )
 
     def _free_bytes(self) -> int:
@@ -193,7 +172,7 @@ class Worker:
         return int(least)
 
 
-def _check_split(options: WorkerOptions) -> None:
+def _check_split(options: ExecutorOptions) -> None:
     sizes = options.spec.tensor_parallel_sizes()
     if options.world_size not in sizes:
         raise ConfigError(
@@ -204,7 +183,7 @@ def _check_split(options: WorkerOptions) -> None:
         raise ConfigError("rendezvous: several ranks need rank 0's host:port")
 
 
-def _join(options: WorkerOptions) -> dist.ProcessGroup | None:
+def _join(options: ExecutorOptions) -> dist.ProcessGroup | None:
     """Join the ranks; plans travel over gloo. Returns the group that sums tensors."""
     dist.init_process_group(
         "gloo",

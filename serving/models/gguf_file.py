@@ -38,6 +38,7 @@ _SCALARS = {
 }
 _SUPPORTED_VERSIONS = (2, 3)
 _DEFAULT_ALIGNMENT = 32
+_MAX_DIMENSIONS = 4
 
 Scalar = str | int | float | bool
 
@@ -65,7 +66,7 @@ class GgufFile:
             raise ModelFileError(f"{path} cannot be read: {unreadable}") from unreadable
         try:
             self.metadata, self.tensors = _read_directory(self._data)
-        except (struct.error, ValueError, KeyError, UnicodeDecodeError) as broken:
+        except (struct.error, ValueError, KeyError, OverflowError) as broken:
             raise ModelFileError(
                 f"{path} is not a whole GGUF file ({broken}): fetch the file again"
             ) from broken
@@ -104,16 +105,13 @@ class _Cursor:
 
     def skip_array(self) -> None:
         kind, count = GGUFValueType(self.scalar("<I")), self.scalar("<Q")
-        if kind == GGUFValueType.ARRAY:
-            for _ in range(count):
-                self.skip_array()
-        elif kind == GGUFValueType.STRING:
+        if kind == GGUFValueType.STRING:
             unpack, at = struct.Struct("<Q").unpack_from, self.at
             for _ in range(count):
                 at += 8 + unpack(self._data, at)[0]
             self.at = at
         else:
-            self.at += count * struct.calcsize(_SCALARS[kind])
+            self.at += count * struct.calcsize(_SCALARS[kind])  # KeyError: arrays do not nest
 
     def value(self) -> Scalar | None:
         """The scalar or text here; None for an array."""
@@ -151,7 +149,10 @@ def _read_directory(data: mmap.mmap) -> tuple[dict[str, Scalar], dict[str, Store
 
 def _read_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
     name = cursor.text()
-    sizes = [cursor.scalar("<Q") for _ in range(cursor.scalar("<I"))]
+    dimensions = cursor.scalar("<I")
+    if not 1 <= dimensions <= _MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name} has {dimensions} dimensions")
+    sizes = [cursor.scalar("<Q") for _ in range(dimensions)]
     kind = GGMLQuantizationType(cursor.scalar("<I"))
     return name, tuple(reversed(sizes)), kind, cursor.scalar("<Q")
 

@@ -32,7 +32,9 @@ def a_load(replica_id: str = "r0", **changes: object) -> ReplicaLoad:
     return msgspec.structs.replace(idle, **changes)
 
 
-def a_view(replica_id: str = "r0", *, rtt_ms: float = 0.0, age_s: float = 0.0, **changes: object) -> ReplicaView:
+def a_view(
+    replica_id: str = "r0", *, rtt_ms: float = 0.0, age_s: float = 0.0, **changes: object
+) -> ReplicaView:
     return ReplicaView(load=a_load(replica_id, **changes), rtt_ms=rtt_ms, age_s=age_s)
 
 

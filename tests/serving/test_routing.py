@@ -6,7 +6,6 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from routing_cases import BLOCK_TOKENS, PER_TOKEN_ONLY, a_load, a_request, a_view
 
 from cluster.load import StepCoefficients
@@ -22,8 +21,8 @@ from serving.routing import (
     pick,
     predicted_ms,
     wait_ms,
-    work_ms,
 )
+
 
 def chosen(request: RouteRequest, *views: ReplicaView) -> str:
     answer = pick(request, FleetLoad(views, BLOCK_TOKENS))
@@ -68,7 +67,6 @@ def test_prediction_is_the_documented_formula() -> None:
     work = 2 * chunk_ms + 900 * 0.1 + 0.001 * 900 * 3 / 2
     request = a_request(900)
     assert wait_ms(view) == pytest.approx(wait)
-    assert work_ms(view, request, BLOCK_TOKENS) == pytest.approx(work)
     assert predicted_ms(view, request, BLOCK_TOKENS) == pytest.approx(75.0 + wait + work)
 
 
@@ -99,7 +97,7 @@ def test_a_prefix_match_shortens_the_work_and_not_the_demand() -> None:
     warm = ReplicaView(load=a_load("warm", step=PER_TOKEN_ONLY), rtt_ms=0.0, matched_blocks=9)
     request = a_request()
     assert chosen(request, cold, warm) == "warm"
-    saved = work_ms(cold, request, BLOCK_TOKENS) - work_ms(warm, request, BLOCK_TOKENS)
+    saved = predicted_ms(cold, request, BLOCK_TOKENS) - predicted_ms(warm, request, BLOCK_TOKENS)
     assert saved == pytest.approx(144 * 0.1)
     assert headroom_blocks(warm, request, BLOCK_TOKENS) == headroom_blocks(cold, request, BLOCK_TOKENS)
 

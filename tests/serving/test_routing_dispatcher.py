@@ -47,6 +47,20 @@ def test_a_burst_of_equal_requests_spreads_over_equal_replicas() -> None:
     assert isinstance(router.request(asking("one-more"), NOW), Queued)
 
 
+def test_an_unreported_burst_is_backlog() -> None:
+    """1,600-token prompts of 160 ms each: the second would wait 160 ms here, so it crosses 75 ms of ocean.
+
+    The third would wait 160 ms on either side, so it stays at home.
+    """
+    step = StepCoefficients(0.0, 0.1, 0.0)
+    roomy = a_load(step=step, blocks_total=1000, blocks_free=1000)
+    home = msgspec.structs.replace(roomy, replica_id="home")
+    abroad = msgspec.structs.replace(roomy, replica_id="abroad", region="eu-west")
+    router = a_router(home, abroad)
+    homes = [routed(router.request(asking(f"q{i}", prompt_tokens=1600), NOW)) for i in range(3)]
+    assert homes == ["home", "abroad", "home"]
+
+
 def test_requests_one_at_a_time_take_turns_too() -> None:
     """Idle equal replicas alternate, although each request has ended before the next one comes."""
     router = a_router(a_load("a"), a_load("b"))
@@ -103,7 +117,11 @@ def test_reports_out_of_order_are_ignored() -> None:
     """Neither an older sequence nor an older epoch undoes what a newer report said."""
     router = a_router(a_load("a", epoch=2, sequence=5, blocks_free=0))
     assert isinstance(router.request(asking("q"), NOW), Queued)
-    for late in (a_load("a", epoch=2, sequence=4), a_load("a", epoch=2, sequence=5), a_load("a", epoch=1, sequence=9)):
+    for late in (
+        a_load("a", epoch=2, sequence=4),
+        a_load("a", epoch=2, sequence=5),
+        a_load("a", epoch=1, sequence=9),
+    ):
         assert router.replica_reported(late, NOW) == []
     ((_, reply),) = router.replica_reported(a_load("a", epoch=2, sequence=6), NOW)
     assert routed(reply) == "a"
@@ -185,6 +203,10 @@ def test_a_request_for_one_region_does_not_take_what_an_earlier_one_for_any_regi
     router.request(asking("anywhere"), NOW)
     small = asking("eu-only", prompt_tokens=8, max_tokens=8, allowed_regions=("eu-west",))
     assert isinstance(router.request(small, NOW), Queued)
+    roomier = a_load("eu", region="eu-west", sequence=2, blocks_free=13)
+    assert router.replica_reported(roomier, NOW) == []  # enough for the small one, not for the first
+    answers = router.replica_reported(msgspec.structs.replace(roomier, sequence=3, blocks_free=16), NOW)
+    assert [reply.request_id for _, reply in answers] == ["anywhere", "eu-only"]
 
 
 def test_a_later_request_may_take_what_no_earlier_one_can_use() -> None:

@@ -136,8 +136,10 @@ def test_stats_say_what_the_step_did():
     """Times by the given clock; tokens, FLOPs and bytes by the step; predicted before it was learnt."""
     model = StepTimeModel(SMOLLM2, "float32")
     engine = make_engine(clock=ticking(0.004), max_step_tokens=8)
+    assert engine.step().stats is None and engine.step() is None  # the clock goes on meanwhile
     engine.submit([request("a", tuple(range(10, 15)), max_tokens=3)])
-    engine.step()
+    (first,) = engine.step().deltas
+    assert (first.times.queue_ms, first.times.prefill_ms) == pytest.approx((4.0, 8.0))
     engine.submit([request("b", tuple(range(30, 40)), max_tokens=3)])
     before = engine.load().step
     stats = engine.step().stats

@@ -16,9 +16,9 @@ def chunks_of(step):
 
 
 def test_decodes_come_first_and_prefill_chunks_fill_the_rest():
-    """A long prompt never stalls those who are decoding: it gets what they leave of the budget."""
+    """A long prompt, of a better class even, gets what those who are decoding leave of the budget."""
     harness = Harness(num_blocks=64, max_step_tokens=8)
-    harness.submit(request("a", (1, 2, 3), max_tokens=20))
+    harness.submit(request("a", (1, 2, 3), max_tokens=20, priority=1))
     harness.step()
     harness.submit(request("long", tuple(range(20)), max_tokens=20))
     steps = []
@@ -29,7 +29,7 @@ def test_decodes_come_first_and_prefill_chunks_fill_the_rest():
         [("a", 1), ("long", 7)],
         [("a", 1), ("long", 7)],
         [("a", 1), ("long", 6)],
-        [("a", 1), ("long", 1)],
+        [("long", 1), ("a", 1)],  # now both decode, in their classes' order
     ]
     harness.run()
     harness.check_outputs()
@@ -203,6 +203,45 @@ def test_the_victim_is_the_least_computed_of_the_lowest_class():
     harness.check_outputs()
 
 
+def test_room_promised_to_the_running_is_not_given_to_the_waiting():
+    """Who reserved its growth gets it: a newcomer that reserved nothing waits instead of taking it."""
+    harness = Harness(num_blocks=8)
+    harness.submit(request("a", PROMPT, max_tokens=12, reserve_blocks=6))
+    harness.submit(request("b", PROMPT[::-1], max_tokens=20, reserve_blocks=0))
+    harness.run()
+    harness.check_outputs()
+    assert not any(sequence.num_preemptions for sequence in harness.sequences.values())
+    assert harness.sequences["b"].admitted_s == 12.0, "once a had ended"
+
+
+def pin_three_of_eight_blocks():
+    """A harness in which a waiting request of the last class holds three cached blocks."""
+    harness = Harness(num_blocks=8, max_num_seqs=1, max_step_tokens=64)
+    harness.submit(request("before", (*PROMPT, 1), max_tokens=1))
+    harness.run()
+    harness.submit(request("pins", (*PROMPT, 1), max_tokens=1, priority=9))
+    assert harness.pool.num_available == 5
+    return harness
+
+
+def test_a_hold_of_one_that_waits_does_not_block_the_head_of_the_line():
+    """A prompt of seven blocks is admitted though three of eight are pinned by one behind it."""
+    harness = pin_three_of_eight_blocks()
+    harness.submit(request("head", tuple(range(60, 88)), max_tokens=2))
+    assert chunks_of(harness.begin()) == [("head", 28)]
+    harness.run()
+    harness.check_outputs()
+
+
+def test_growth_takes_holds_of_the_waiting_before_it_preempts():
+    """A pinned prefix costs nothing to give up; computed work does."""
+    harness = pin_three_of_eight_blocks()
+    harness.submit(request("grows", (60, 61), max_tokens=24))
+    harness.run()
+    harness.check_outputs()
+    assert harness.sequences["grows"].num_preemptions == 0
+
+
 def test_a_preempted_sequence_gets_its_cached_blocks_back():
     """Preemption drops the computed count, but blocks nobody took are found again by their hashes."""
     harness = Harness(num_blocks=8, max_step_tokens=64)
@@ -315,7 +354,7 @@ def test_a_plan_lays_out_each_sequence_as_plan_py_says():
         *(4 * b[1] + i for i in range(3)),
     ]
     assert plan.query_start.tolist() == [0, 1, 8] and plan.context_lens.tolist() == [6, 7]
-    assert plan.block_tables.tolist() == [a, b[:2]]
+    assert plan.block_tables.tolist() == [[*a, 0], b]
     assert plan.logits_rows.tolist() == [0]  # b's prompt goes on
     assert sampling.position.tolist() == [6] and sampling.seed.tolist() == [2**64 - 1]
     assert all(array.dtype == np.int32 for array in (plan.token_ids, plan.positions, plan.slot_mapping))

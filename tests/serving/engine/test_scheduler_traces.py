@@ -101,6 +101,22 @@ def test_the_prefix_cache_changes_no_output(submits, num_blocks, block_tokens, m
     assert outputs[0] == outputs[1]
 
 
+@settings(max_examples=120, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 24), st.integers(1, 40), st.integers(0, 1)), min_size=2, max_size=6),
+    st.integers(7, 14),
+    st.integers(2, 12),
+)
+def test_nobody_is_preempted_twice_without_a_token_between(shapes, num_blocks, max_step_tokens):
+    """Under hard pressure, when all grow and nobody reserved, work still moves on (the harness looks)."""
+    harness = Harness(num_blocks, max_step_tokens=max_step_tokens)
+    for index, (prompt_tokens, max_tokens, priority) in enumerate(shapes):
+        prompt = tuple(range(index, index + prompt_tokens))
+        harness.submit(request(str(index), prompt, max_tokens=max_tokens, priority=priority))
+    harness.run()
+    harness.check_outputs()
+
+
 @settings(max_examples=80, deadline=None)
 @given(requests(max_size=5), st.integers(8, 24))
 def test_honest_reservations_are_never_preempted(submits, num_blocks):

@@ -136,23 +136,34 @@ def test_it_recovers_the_machine_from_timed_steps(machine_is_off_by):
 
 
 def test_it_follows_a_machine_that_slows_down():
-    """Old steps are forgotten: after twice its memory it predicts the new speed within 3 %."""
+    """Old steps are forgotten: after five times its memory it predicts the new speed within 3 %."""
     model = StepTimeModel(SMOLLM2, "bfloat16")
     rng = np.random.default_rng(7)
     for slowdown in (1.0, 2.0):
         for tokens, kv_tokens in mixed_steps(rng, 1000):
             model.observe(tokens, kv_tokens, slowdown * (3 + 0.05 * tokens + 2e-4 * kv_tokens))
-    assert model.predict_ms(100, 10_000) == pytest.approx(2 * 10.0, rel=0.03 + np.exp(-2))
+    assert model.predict_ms(100, 10_000) == pytest.approx(2 * 10.0, rel=0.03)
 
 
 def test_one_shape_alone_is_learnt_without_drift():
-    """A lone sequence for an hour fixes one sum of the coefficients; the others stay near the prior."""
+    """A lone sequence fixes one sum of the coefficients; what it says nothing of stays near the prior."""
     model = StepTimeModel(SMOLLM2, "bfloat16")
     before = model.coefficients
-    for _ in range(5000):
+    for _ in range(3000):
         model.observe(1, 50, 40.0)
     assert model.predict_ms(1, 50) == pytest.approx(40.0, rel=0.01)
     assert model.coefficients.per_kv_token_ms == pytest.approx(before.per_kv_token_ms, rel=0.2)
+
+
+def test_the_cost_of_prefill_survives_a_long_time_without_any():
+    """Twenty memories of one decode shape later, a prefill is still predicted as it was last seen."""
+    model = StepTimeModel(SMOLLM2, "bfloat16", Machine(1e9, 1e9, 1.0))
+    rng = np.random.default_rng(7)
+    for tokens, kv_tokens in mixed_steps(rng, 400):
+        model.observe(tokens, kv_tokens, 3 + 0.05 * tokens + 2e-4 * kv_tokens)
+    for _ in range(4000):
+        model.observe(4, 4000, (3 + 0.05 * 4 + 2e-4 * 4000) * rng.normal(1, 0.05))
+    assert model.predict_ms(512, 512) == pytest.approx(3 + 0.05 * 512 + 2e-4 * 512, rel=0.1)
 
 
 STEPS = st.lists(
