@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections import deque
 from contextlib import ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,15 +131,14 @@ class LocalCluster:
         _ensure_token(self._token_path)
         self._folder = self._given_folder or Path(tempfile.mkdtemp(prefix="searoom-", dir="/tmp"))
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        try:
+        with ExitStack() as on_failure:  # Ctrl-C too
+            on_failure.callback(self.stop)
             ready = self._start_holder()
             if ready is None:
                 raise ClusterStartError(_explain(self._folder))
             self.address, self.dashboard_url = ready["address"], f"http://{ready['dashboard']}"
             self._join()
-        except BaseException:  # Ctrl-C too
-            self.stop()
-            raise
+            on_failure.pop_all()
 
     def _start_holder(self) -> dict[str, str] | None:
         """What the holder says when all nodes stand; None when it fails."""

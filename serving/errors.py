@@ -61,9 +61,7 @@ class ApiError(SearoomError):
 
     def body(self) -> dict[str, Any]:
         """The OpenAI error envelope."""
-        return {
-            "error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        }
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 class InvalidRequest(ApiError):

@@ -7,6 +7,8 @@ What is private here, each with a test that fails when Ray changes it:
   loop, which saves two thread hops a call.
 - `handle.options(_by_reference=False)`: gRPC between replicas instead of actor calls.
 - `serve.run_many`, which starts an application without waiting for it (a developer API).
+- `ray.serve._private.replica.add_port_to_grpc_server`: replicas bind their gRPC port on every
+  interface, whatever address the node was given. On a loopback node it is bound there too.
 - `handle._router._asyncio_router.request_router.curr_replicas`: Serve's running set.
 """
 
@@ -16,9 +18,11 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import grpc
+import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application, RunTarget
+from ray.serve._private import replica as serve_replica
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Gauge, Histogram
@@ -27,6 +31,7 @@ from ray.serve.request_router import PendingRequest, RequestRouter, RunningRepli
 from serving.errors import ReplicaGone
 from serving.metrics import Series, Tags
 
+LOOPBACK = "127.0.0.1"
 GONE = (RayActorError, RayServeException, grpc.aio.AioRpcError, DeploymentUnavailableError)
 PINNED_ROUTER = "serving.ray_compat:PinnedRouter"
 SERVE_TAG = "replica"
@@ -108,6 +113,26 @@ class ServiceHandle:
             raise ReplicaGone(self._name) from error
         finally:
             response.cancel()
+
+
+def stay_on_loopback() -> None:
+    """On a node whose address is the loopback's, bind this replica's gRPC port there only.
+
+    Runs when this module is imported, which a replica's class does before Serve opens the port.
+    """
+    bind = serve_replica.add_port_to_grpc_server
+    if bind.__name__ == "bind_on_node" or not ray.is_initialized():
+        return
+    if ray.util.get_node_ip_address() != LOOPBACK:
+        return
+
+    def bind_on_node(server: Any, address: str) -> Any:
+        return bind(server, address.replace("[::]", LOOPBACK))
+
+    serve_replica.add_port_to_grpc_server = bind_on_node
+
+
+stay_on_loopback()
 
 
 def start_application(application: Application, name: str, route_prefix: str) -> None:

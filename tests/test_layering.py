@@ -44,6 +44,7 @@ LIBRARY_WALLS = {
     "ray": {
         "serving.ingress", "serving.router", "serving.replica", "serving.rank_group", "serving.app",
         "serving.cli", "serving.up", "serving.deploy", "serving.ray_compat", "serving.bench.", "cluster.local",
+        "cluster.local_nodes",
     },
     "torch": {
         "serving.engine.worker", "serving.engine.model_runner", "serving.engine.sampler",
@@ -113,7 +114,9 @@ def test_libraries_stay_behind_their_walls(module):
     for name in imports_of(MODULES[module]):
         walls = LIBRARY_WALLS.get(name.split(".")[0])
         if walls is not None:
-            allowed = any(module == wall or (wall[-1] == "." and f"{module}.".startswith(wall)) for wall in walls)
+            allowed = any(
+                module == wall or (wall[-1] == "." and f"{module}.".startswith(wall)) for wall in walls
+            )
             assert allowed, f"{module} must not import {name}"
 
 

@@ -21,8 +21,7 @@ class ExecutorOptions:
 
     `kv_blocks` sets the pool's size; without it the pool takes measured free memory, at most
     `kv_memory_bytes` a rank (None: 1 GiB on CPU, no limit on CUDA). `rendezvous` is rank 0's
-    "host:port", needed when `world_size` > 1. `dtype` "auto" is bfloat16 where the hardware
-    multiplies it natively, else float32.
+    "host:port", needed when `world_size` > 1. `dtype` "auto" is bfloat16 on CUDA, float32 on CPU.
     """
 
     weights: tuple[Path, ...]

@@ -51,7 +51,16 @@ class StepPlan:
         sizes = (tokens, tokens, tokens, sequences + 1, sequences, sequences * width, rows)
         ends = np.cumsum((4, *sizes))
         parts = [flat[start:end] for start, end in zip(ends, ends[1:], strict=False)]
-        return cls(*parts[:5], block_tables=parts[5].reshape(sequences, width), logits_rows=parts[6])
+        token_ids, positions, slot_mapping, query_start, context_lens, block_tables, logits_rows = parts
+        return cls(
+            token_ids=token_ids,
+            positions=positions,
+            slot_mapping=slot_mapping,
+            query_start=query_start,
+            context_lens=context_lens,
+            block_tables=block_tables.reshape(sequences, width),
+            logits_rows=logits_rows,
+        )
 
 
 @dataclass(frozen=True, slots=True)

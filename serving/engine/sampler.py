@@ -78,8 +78,7 @@ def _draw(logits: torch.Tensor, sampling: SamplingBatch) -> torch.Tensor:
         cumulative.device
     )
     # The first token whose cumulative probability exceeds the target: never one of probability 0.
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return tokens.clamp_(max=logits.shape[-1] - 1)  # NaN rows only
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
 
 
 def _cut(scaled: torch.Tensor, sampling: SamplingBatch) -> None:
@@ -98,9 +97,7 @@ def _cut(scaled: torch.Tensor, sampling: SamplingBatch) -> None:
         last = torch.from_numpy(np.where(limited, sampling.top_k, 1).astype(np.int64) - 1)
         kth = largest.gather(1, last.to(scaled.device)[:, None])
         unlimited = torch.from_numpy(~limited).to(scaled.device)[:, None]
-        threshold = kth.masked_fill(unlimited, float("-inf"))
-        _drop_below(scaled, threshold)
-        _drop_below(largest, threshold)
+        _drop_below(scaled, kth.masked_fill(unlimited, float("-inf")))
     if nucleus.any():
         _drop_below(scaled, _nucleus_threshold(scaled, largest, _column(sampling.top_p, scaled)))
 

@@ -50,8 +50,7 @@ class Worker:
 
     def __init__(self, options: ExecutorOptions) -> None:
         _check_split(options)
-        self._num_threads = options.num_threads
-        torch.set_num_threads(self._num_threads)
+        torch.set_num_threads(options.num_threads)
         self._rank, self._world_size = options.rank, options.world_size
         self._device = torch.device(options.device)
         dtype = _resolve_dtype(options.dtype, self._device)
@@ -76,13 +75,11 @@ class Worker:
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
         """Run `plan` on every rank and draw one token a wanted row: [S], -1 where not finite."""
         self._send(_PLAN, plan.pack())
-        torch.set_num_threads(self._num_threads)  # OpenMP counts threads for each calling thread
         with torch.inference_mode():
             return sample(self._runner.logits(plan), sampling).cpu().numpy()
 
     def follow(self) -> None:
         """Run what rank 0 plans until it stops. Raises RuntimeError when rank 0 dies."""
-        torch.set_num_threads(self._num_threads)
         while (message := self._receive())[0] != _STOP:
             if message[0] == _PLAN:
                 self._runner.hidden(StepPlan.unpack(message[1]))
@@ -198,9 +195,9 @@ def _join(options: ExecutorOptions) -> dist.ProcessGroup | None:
 
 
 def _resolve_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 on CUDA. On CPU it is float32: the embedded model's best tokens are often
+    closer than bfloat16 can tell apart, and a default must not change answers.
+    """
     if name != "auto":
         return _DTYPES[name]
-    native = device.type == "cuda" or (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    return torch.bfloat16 if native else torch.float32
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

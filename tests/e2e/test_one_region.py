@@ -206,7 +206,9 @@ def test_the_dashboard_shows_the_deployments_and_metrics_carry_our_series(one_re
 def scrape(up):
     """Ray's metrics of the head node, once our series are in it."""
     token = (up.state / "searoom" / "ray_token").read_text().strip()
-    nodes = httpx.get(f"{up.dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}).json()
+    nodes = httpx.get(
+        f"{up.dashboard}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
+    ).json()
     (node,) = nodes["data"]["summary"]
     port = node["raylet"]["metricsExportPort"]
     text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
@@ -232,7 +234,9 @@ def test_logs_carry_request_ids_and_never_prompts_or_keys(one_region):
     canary = "xylophone-canary-4711"
     one_region.client().completions.create(model=one_region.model, prompt=canary, max_tokens=1)
     time.sleep(1)
-    folders = {re.sub(r"/logs/.*", "", path.path) for p in one_region.processes("") for path in p.open_files()}
+    folders = {
+        re.sub(r"/logs/.*", "", path.path) for p in one_region.processes("") for path in p.open_files()
+    }
     sessions = [folder for folder in folders if "session_" in folder]
     assert sessions
     from pathlib import Path

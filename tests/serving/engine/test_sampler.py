@@ -1,10 +1,10 @@
 """The sampler against a one-row numpy reference, and its laws."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from serving.engine import sampler
 from serving.engine.plan import SamplingBatch
@@ -45,39 +45,43 @@ def reference_distribution(logits, temperature, top_k, top_p, min_p):
     return probabilities / probabilities.sum()
 
 
-controls = st.fixed_dictionaries(
-    {
-        "temperature": st.sampled_from([0.0, 1e-6, 0.3, 1.0, 2.5]),
-        "top_k": st.sampled_from([0, 1, 2, 7, 49, 50, 1000]),
-        "top_p": st.sampled_from([1.0, 0.999, 0.7, 0.13, 0.0]),
-        "min_p": st.sampled_from([0.0, 0.01, 0.37, 1.0]),
-    }
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.lists(controls, min_size=1, max_size=6), seed=st.integers(0, 2**32), candidates=st.integers(1, 60)
-)
-def test_mixed_rows_invert_the_reference_distribution(rows, seed, candidates):
-    """Each row, whatever its neighbours ask for, is the reference's inverse CDF at the row's number."""
-    original, sampler._NUCLEUS_CANDIDATES = sampler._NUCLEUS_CANDIDATES, candidates
-    logits = np.random.default_rng(seed).normal(0, 2, (len(rows), 50)).astype(np.float32)
-    asked = batch(
-        len(rows),
-        **{key: [row[key] for row in rows] for key in ("temperature", "top_k", "top_p", "min_p")},
-        seed=np.arange(len(rows)) + seed,
-        position=np.arange(len(rows)),
+CONTROLS = list(
+    itertools.product(
+        [0.0, 1e-6, 0.3, 1.0, 2.5],  # temperature
+        [0, 1, 2, 7, 49, 50, 1000],  # top_k
+        [1.0, 0.999, 0.7, 0.13, 0.0],  # top_p
+        [0.0, 0.01, 0.37, 1.0],  # min_p
     )
+)
+
+
+@pytest.mark.parametrize("top_ks", [[0], [0, 1, 2, 7], [0, 1, 2, 7, 49, 50, 1000]])
+@pytest.mark.parametrize("candidates", [1, 8, 1024])
+def test_mixed_rows_invert_the_reference_distribution(monkeypatch, candidates, top_ks):
+    """Every mix of controls, all in one batch, gives the reference's inverse CDF at each row's number,
+    whether a nucleus is found among the candidates or by sorting."""
+    monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", candidates)
+    rows = [row for row in CONTROLS if row[1] in top_ks]
+    logits = np.random.default_rng(candidates).normal(0, 2, (len(rows), 50)).astype(np.float32)
+    logits[::3] = np.round(logits[::3])  # ties
+    temperature, top_k, top_p, min_p = zip(*rows, strict=True)
+    asked = batch(len(rows), temperature, top_k, top_p, min_p, np.arange(len(rows)), np.arange(len(rows)))
     tokens = sample(torch.from_numpy(logits), asked).numpy()
-    sampler._NUCLEUS_CANDIDATES = original
     numbers = uniform(asked.seed, asked.position)
     for token, row, line, number in zip(tokens, rows, logits, numbers, strict=True):
-        cumulative = reference_distribution(line, **row).cumsum()
+        cumulative = reference_distribution(line, *row).cumsum()
         below = cumulative[token - 1] if token else 0.0
+        assert cumulative[token] > below, f"{row}: a dropped token was drawn"
         # The reference is float64, the sampler float32: borders may move by 1e-5.
-        assert below - 1e-5 <= number <= cumulative[token] + 1e-5
-        assert cumulative[token] > below, "a dropped token was drawn"
+        assert row[0] == 0 or below - 1e-5 <= number <= cumulative[token] + 1e-5, row
+
+
+@pytest.mark.parametrize("number", [0.0, 1 - 2.0**-48])
+def test_extreme_numbers_draw_kept_tokens(monkeypatch, number):
+    """The least and the largest number draw the first and the last kept token, never a dropped one."""
+    monkeypatch.setattr(sampler, "uniform", lambda seed, position: np.full(len(seed), number))
+    logits = torch.tensor([[0.0, 9.0, 0.0, 9.0, 0.0]]).repeat(40, 1) + torch.arange(40)[:, None] / 7
+    assert sample(logits, batch(40, top_k=2)).tolist() == [3 if number else 1] * 40
 
 
 def test_frequencies_follow_the_probabilities():
@@ -96,7 +100,7 @@ def test_numbers_are_uniform_and_unrelated():
     """The hash fills [0, 1) evenly, and neighbouring seeds or positions do not correlate."""
     seeds, positions = np.meshgrid(np.arange(200, dtype=np.uint64), np.arange(200, dtype=np.int32))
     numbers = uniform(seeds.ravel(), positions.ravel()).reshape(seeds.shape)
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     counts, _ = np.histogram(numbers, bins=20, range=(0, 1))
     assert ((counts - 2000) ** 2 / 2000).sum() < 43.8  # 0.1 % point, 19 degrees of freedom
     for left, right in ((numbers[:-1], numbers[1:]), (numbers[:, :-1], numbers[:, 1:])):

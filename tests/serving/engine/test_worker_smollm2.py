@@ -4,6 +4,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from serving.engine.executor import ExecutorOptions
@@ -68,7 +69,8 @@ def ours(options, prompts) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def transformers_model(embedded_model) -> LlamaForCausalLM:
     """transformers' own reading of the file (`from_pretrained(gguf_file=...)` would need accelerate)."""
-    model = LlamaForCausalLM(LlamaConfig.from_pretrained(embedded_model.folder)).eval().float()
+    with no_init_weights():
+        model = LlamaForCausalLM(LlamaConfig.from_pretrained(embedded_model.folder)).eval().float()
     path = str(embedded_model.weights[0])
     tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
