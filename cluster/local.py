@@ -22,7 +22,6 @@ import sys
 import tempfile
 from collections import deque
 from contextlib import ExitStack
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

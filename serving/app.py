@@ -89,11 +89,12 @@ def compose(plan: Plan) -> Application:
     return ingress.bind(config, setup, router, *replicas)
 
 
-def _control_deployment(cls: type, name: str, config: SearoomConfig, *, num_replicas: int) -> Any:
+def _control_deployment(cls: Any, name: str, config: SearoomConfig, *, num_replicas: int) -> Any:
     actor_options: dict[str, Any] = {"num_cpus": REPLICA_CPUS}
     if config.pin_regions:
         actor_options["label_selector"] = {REGION_LABEL: config.home}
-    return serve.deployment(cls).options(
+    deployment: Any = serve.deployment(cls)
+    return deployment.options(
         name=name,
         num_replicas=num_replicas,
         ray_actor_options=actor_options,
@@ -117,12 +118,13 @@ def _model_replica(plan: Plan, region: RegionConfig, pretend_ms: float) -> Appli
     }
     if placement.label_selector:
         options["placement_group_bundle_label_selector"] = [placement.label_selector] * len(placement.bundles)
-    deployment = serve.deployment(ModelReplica).options(
+    replica: Any = serve.deployment(ModelReplica)
+    deployment = replica.options(
         name=plan.deployment_name(region.name),
         num_replicas=region.replicas,
         ray_actor_options={"num_cpus": REPLICA_CPUS},
         max_ongoing_requests=MAX_ONGOING_CALLS,
-        request_router_config=RequestRouterConfig(request_router_class=PINNED_ROUTER),
+        request_router_config=RequestRouterConfig(request_router_class=PINNED_ROUTER),  # type: ignore[arg-type]
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
         graceful_shutdown_timeout_s=_drain_s(config),

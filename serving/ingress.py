@@ -42,7 +42,9 @@ class IngressSetup(msgspec.Struct, frozen=True, kw_only=True):
 class Ingress:
     """Made by Serve in the home region. Serve asks it for its ASGI application once it stands."""
 
-    async def __init__(self, config: SearoomConfig, setup: IngressSetup, *deployments: Any) -> None:
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: SearoomConfig, setup: IngressSetup, *deployments: Any
+    ) -> None:
         """`deployments` binds the others to this one's application; they are reached by name."""
         ingress_id = replica_id()
         application = application_name()

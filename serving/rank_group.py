@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import get_current_placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -25,9 +24,7 @@ logger = logging.getLogger(__name__)
 class RankGroup:
     """Rank 0 and its followers. Any rank's death ends the group: `on_death` is told once."""
 
-    def __init__(
-        self, ranks: list[ActorHandle], ready: list[RankReady], on_death: Callable[[str], None]
-    ) -> None:
+    def __init__(self, ranks: list[Any], ready: list[RankReady], on_death: Callable[[str], None]) -> None:
         self._ranks = ranks
         self.ready = ready
         self._on_death = on_death
@@ -57,7 +54,7 @@ class RankGroup:
         nodes = placement_group_table(group)["bundles_to_node_id"]
         addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
         order = rank_order([nodes[index] for index in range(world_size)])
-        ranks = []
+        ranks: list[Any] = []
         for rank, bundle in enumerate(order):
             identity = RankIdentity(
                 replica_id=replica_id,
@@ -113,7 +110,7 @@ class RankGroup:
             self._on_death(f"rank {rank} failed: {failed}")
 
 
-def _kill(ranks: list[ActorHandle]) -> None:
+def _kill(ranks: list[Any]) -> None:
     for rank in ranks:
         ray.kill(rank)
 

@@ -60,7 +60,7 @@ class PinnedHandle:
     """A deployment's replicas, each called by its id. Made inside a running event loop."""
 
     def __init__(self, deployment: str, application: str) -> None:
-        self._handle = _connect(deployment, application)
+        self._handle: Any = _connect(deployment, application)
 
     def running(self) -> frozenset[str]:
         """Ids of the replicas in Serve's running set, as this process knows it now."""
@@ -94,7 +94,7 @@ class ServiceHandle:
     """A deployment any of whose replicas may answer: the Router, seen from Ingress and replicas."""
 
     def __init__(self, deployment: str, application: str) -> None:
-        self._handle = _connect(deployment, application)
+        self._handle: Any = _connect(deployment, application)
         self._name = deployment
 
     async def call(self, method: str, *args: Any) -> Any:
@@ -166,7 +166,7 @@ class RayMeter:
     def __init__(self, series: Sequence[Series]) -> None:
         self._series: dict[str, Any] = {}
         for one in series:
-            tags = tuple(tag for tag in one.tags if tag != SERVE_TAG)
+            tags: Any = tuple(tag for tag in one.tags if tag != SERVE_TAG)
             if one.kind == "histogram":
                 self._series[one.name] = Histogram(one.name, one.description, list(one.boundaries), tags)
             else:

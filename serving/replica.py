@@ -47,7 +47,7 @@ HANG_FACTOR = 50  # a step this many times longer than predicted is a hang
 class ModelReplica:
     """Made by Serve, in bundle 0 of its placement group."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: SearoomConfig, region: str, rtt_ms: float, environment: dict[str, str]
     ) -> None:
         self._id = replica_id()

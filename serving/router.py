@@ -26,7 +26,7 @@ TICK_S = 0.1
 class Router:
     """Made by Serve in the home region. `deployments` are the ModelReplica deployments' names."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: SearoomConfig, deployments: dict[str, str], rtt_ms: dict[str, float]
     ) -> None:
         configure_logs(config.log_level, replica=replica_id(), region=config.home)

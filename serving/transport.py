@@ -150,23 +150,23 @@ class DelayLine:
                 yield item
             return
         loop = asyncio.get_running_loop()
-        arrivals: asyncio.Queue[tuple[float, Item | None]] = asyncio.Queue()
+        arrivals: asyncio.Queue[tuple[float, list[Item]]] = asyncio.Queue()
 
         async def receive() -> None:
             try:
                 async for item in items:
-                    arrivals.put_nowait((loop.time() + self._one_way_s, item))
+                    arrivals.put_nowait((loop.time() + self._one_way_s, [item]))
             finally:
-                arrivals.put_nowait((loop.time() + self._one_way_s, None))
+                arrivals.put_nowait((loop.time() + self._one_way_s, []))  # the end
 
         receiver = asyncio.create_task(receive())
         try:
             while True:
-                due, item = await arrivals.get()
+                due, arrived = await arrivals.get()
                 await asyncio.sleep(due - loop.time())
-                if item is None:
+                if not arrived:
                     await receiver  # raises what the far side raised
                     return
-                yield item
+                yield arrived[0]
         finally:
             receiver.cancel()

@@ -6,6 +6,7 @@ before anything starts.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -20,12 +21,12 @@ from typing import Any
 import httpx
 import psutil
 import ray
-from cluster.local import ClusterStartError, LocalCluster, NodeSpec
 from ray import serve
 from ray.serve.config import HTTPOptions
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from cluster.local import ClusterStartError, LocalCluster, NodeSpec
 from cluster.placement import REGION_LABEL
 from serving import model_files, running
 from serving.app import Plan, compose, make_plan
@@ -167,7 +168,7 @@ def _ray_cluster(options: UpOptions, config: SearoomConfig, console: Console) ->
 
 def _join(address: str) -> Any:
     quiet_serve()
-    return ray.init(address=address, namespace="searoom", log_to_driver=False, logging_level="warning")
+    return ray.init(address=address, namespace="searoom", log_to_driver=False, logging_level=logging.WARNING)
 
 
 def _fetch_model(source: str, console: Console) -> None:

@@ -43,8 +43,8 @@ LAYER_OF = {room: layer for layer, rooms in ROOMS.items() for room in rooms}
 LIBRARY_WALLS = {
     "ray": {
         "serving.ingress", "serving.router", "serving.replica", "serving.rank_group", "serving.app",
-        "serving.cli", "serving.up", "serving.deploy", "serving.ray_compat", "serving.bench.", "cluster.local",
-        "cluster.local_nodes",
+        "serving.cli", "serving.up", "serving.deploy", "serving.ray_compat", "serving.bench.",
+        "cluster.local", "cluster.local_nodes",
     },
     "torch": {
         "serving.engine.worker", "serving.engine.model_runner", "serving.engine.sampler",

@@ -11,6 +11,7 @@ import pytest
 
 from tests.e2e.conftest import eventually
 
+UNKNOWN_MODEL = b'{"model": "nope", "messages": [{"role": "user", "content": "x"}]}'
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -91,7 +92,7 @@ def test_a_repeated_prompt_is_found_in_the_prefix_cache(one_region):
     ("method", "path", "body", "status", "code"),
     [
         ("POST", "/v1/chat/completions", b"{", 400, None),
-        ("POST", "/v1/chat/completions", b'{"model": "nope", "messages": [{"role": "user", "content": "x"}]}', 404, "model_not_found"),
+        ("POST", "/v1/chat/completions", UNKNOWN_MODEL, 404, "model_not_found"),
         ("POST", "/v1/chat/completions", b"x" * (5 << 20), 413, "request_too_large"),
         ("GET", "/v1/chat/completions", b"", 405, "method_not_allowed"),
         ("GET", "/v1/nothing", b"", 404, "not_found"),
