@@ -22,9 +22,10 @@ from serving.errors import ConfigError
 from serving.ingress import Ingress, IngressSetup
 from serving.model_files import ModelFiles, resolve
 from serving.model_spec import ModelSpec, read_model_spec
+from serving.rank_group import ReplicaSetup
 from serving.ray_compat import PINNED_ROUTER
 from serving.replica import ModelReplica
-from serving.router import Router
+from serving.router import Router, RouterSetup
 
 MAX_ONGOING_CALLS = 10_000  # Serve's default of 5 would queue calls unseen; admission is by KV blocks
 HEALTH_CHECK_PERIOD_S = 2.0
@@ -77,16 +78,30 @@ def compose(plan: Plan) -> Application:
     pretend_ms = rtt_ms if config.routing.pretend_rtt else dict.fromkeys(names, 0.0)
     deployments = {name: plan.deployment_name(name) for name in names}
     replicas = [_model_replica(plan, region, pretend_ms[region.name]) for region in config.regions]
-    router = _control_deployment(Router, "Router", config, num_replicas=1).bind(config, deployments, rtt_ms)
+    router_setup = RouterSetup(
+        routing=config.routing,
+        block_tokens=config.engine.block_tokens,
+        region=config.home,
+        deployments=tuple(deployments.values()),
+        rtt_ms=rtt_ms,
+        log_level=config.log_level,
+    )
+    router = _control_deployment(Router, "Router", config, num_replicas=1).bind(router_setup)
     setup = IngressSetup(
-        model=plan.model_name,
+        model=config.model,
+        model_name=plan.model_name,
+        block_tokens=config.engine.block_tokens,
+        limits=config.ingress,
+        tracing=config.tracing,
+        region=config.home,
         deployments=deployments,
         pretend_rtt_ms=pretend_ms,
         key_sha256=key_digests(config.ingress.auth),
+        log_level=config.log_level,
     )
     gateway = serve.ingress()(Ingress)
     ingress = _control_deployment(gateway, "Ingress", config, num_replicas=config.ingress.replicas)
-    return ingress.bind(config, setup, router, *replicas)
+    return ingress.bind(setup, router, *replicas)
 
 
 def _control_deployment(cls: Any, name: str, config: SearoomConfig, *, num_replicas: int) -> Any:
@@ -131,7 +146,15 @@ def _model_replica(plan: Plan, region: RegionConfig, pretend_ms: float) -> Appli
         logging_config=NO_ACCESS_LOG,
         **options,
     )
-    return deployment.bind(config, region.name, pretend_ms, environment)
+    setup = ReplicaSetup(
+        model=config.model,
+        engine=config.engine,
+        region=region.name,
+        pretend_rtt_ms=pretend_ms,
+        environment=environment,
+        log_level=config.log_level,
+    )
+    return deployment.bind(setup)
 
 
 def _placement(config: SearoomConfig, region: str) -> GroupPlacement:

@@ -25,7 +25,8 @@ from serving.status import print_status
 from serving.up import UpOptions, run_up
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
+# A pipe has no width of its own, and `status` is a wide table.
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 KeyOption = Annotated[
     str | None, typer.Option("--api-key", envvar="SEAROOM_API_KEY", help="Use this key, not the key file's.")

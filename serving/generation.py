@@ -7,6 +7,7 @@ However it ends, the request is settled once, in `run`'s `finally`.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
@@ -64,6 +65,7 @@ class Generation:
     route: Route | None = None
     times: GenerationTimes = field(default_factory=GenerationTimes)
     _link: ReplicaLink | None = None
+    _is_routing: bool = False  # the Router may hold it, queued or routed, and no replica has taken it
 
     async def run(self) -> AsyncGenerator[SequenceDelta]:
         """Deltas until one carries a finish reason. Closing it early aborts the request.
@@ -88,30 +90,36 @@ class Generation:
             self._settle()
 
     async def _place(self) -> None:
-        """Find a replica that accepts the request."""
-        while True:
-            route = await self._pick()
-            self.times.picked_s = time.time()
-            try:
-                link = self.links.get(route.replica_id)
-                reply = await link.submit(
-                    msgspec.structs.replace(self.submit, reserve_blocks=route.reserve_blocks)
-                )
-            except ReplicaGone:
-                self._lose_replica(route)
-                continue
-            if isinstance(reply, Accepted):
-                self.route, self._link = route, link
-                self.times.accepted_s = time.time()
-                self._tell("accepted", submission=reply.submission)
-                return
-            link.release(self.request.request_id, abort=False)
-            self._refused(route, reply)
+        """Find a replica that accepts the request within its deadline."""
+        try:
+            async with asyncio.timeout(self.request.deadline_s - time.time()):
+                while self._link is None:
+                    await self._try(await self._pick())
+        except TimeoutError as late:
+            raise DeadlineExceeded("no replica took the request within its deadline") from late
+
+    async def _try(self, route: Route) -> None:
+        """Submit to the replica the Router picked."""
+        self.times.picked_s = time.time()
+        try:
+            link = self.links.get(route.replica_id)
+            reply = await link.submit(
+                msgspec.structs.replace(self.submit, reserve_blocks=route.reserve_blocks)
+            )
+        except ReplicaGone:
+            self._lose_replica(route)
+            return
+        if isinstance(reply, Accepted):
+            self.route, self._link, self._is_routing = route, link, False
+            self.times.accepted_s = time.time()
+            self._tell("accepted", submission=reply.submission)
+            return
+        link.release(self.request.request_id, abort=False)
+        self._refused(route, reply)
 
     async def _pick(self) -> Route:
+        self._is_routing = True
         while True:
-            if time.time() > self.request.deadline_s:
-                raise DeadlineExceeded("no replica took the request within its deadline")
             try:
                 reply = await self.router.pick(self.request)
             except ReplicaGone:
@@ -119,6 +127,7 @@ class Generation:
             if isinstance(reply, Route):
                 return reply
             assert isinstance(reply, Overloaded)
+            self._is_routing = False
             if reply.permanent:
                 raise ContextLengthExceeded(reply.why, param="messages")
             raise ServerOverloaded(reply.why, retry_after_s=reply.retry_after_s)
@@ -168,6 +177,8 @@ class Generation:
     def _settle(self) -> None:
         """The one place where a request ends, whatever the outcome."""
         self.times.ended_s = time.time()
+        if self._is_routing:
+            self.router.withdraw(self.request)
         if self.route is None or self._link is None:
             return
         link, self._link = self._link, None

@@ -14,7 +14,7 @@ import msgspec
 from serving import metrics
 from serving.auth import KeyRing
 from serving.completions import Completions, ModelIdentity
-from serving.config import SearoomConfig
+from serving.config import IngressConfig, ModelConfig, TracingConfig
 from serving.dispatcher import RouterStatus
 from serving.errors import ServerOverloaded
 from serving.gateway import Gateway, GatewayLimits
@@ -33,23 +33,27 @@ from serving.transport import DelayLine
 class IngressSetup(msgspec.Struct, frozen=True, kw_only=True):
     """What `app.compose` works out for Ingress."""
 
-    model: str
+    model: ModelConfig
+    model_name: str  # the id clients use
+    block_tokens: int
+    limits: IngressConfig
+    tracing: TracingConfig
+    region: str  # where Ingress stands
     deployments: dict[str, str]  # region → ModelReplica deployment
     pretend_rtt_ms: dict[str, float]
     key_sha256: tuple[str, ...]
+    log_level: str
 
 
 class Ingress:
     """Made by Serve in the home region. Serve asks it for its ASGI application once it stands."""
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: SearoomConfig, setup: IngressSetup, *deployments: Any
-    ) -> None:
+    async def __init__(self, setup: IngressSetup, *deployments: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         """`deployments` binds the others to this one's application; they are reached by name."""
         ingress_id = replica_id()
         application = application_name()
-        configure_logs(config.log_level, replica=ingress_id, region=config.home)
-        files = await asyncio.to_thread(resolve, config.model.source)
+        configure_logs(setup.log_level, replica=ingress_id, region=setup.region)
+        files = await asyncio.to_thread(resolve, setup.model.source)
         spec = read_model_spec(files.folder)
         self._router = ServiceHandle("Router", application)
         self._router_link = RouterLink(self._router, ingress_id)
@@ -62,28 +66,28 @@ class Ingress:
             on_lost=self._tell_lost,
         )
         identity = ModelIdentity(
-            name=setup.model,
+            name=setup.model_name,
             weight_version=files.weight_version,
-            kv_dtype=config.model.dtype,
-            block_tokens=config.engine.block_tokens,
+            kv_dtype=setup.model.dtype,
+            block_tokens=setup.block_tokens,
         )
         completions = Completions(
             identity,
             self._router_link,
             self._links,
             ingress_id=ingress_id,
-            timeout_s=config.ingress.request_timeout_s,
+            timeout_s=setup.limits.request_timeout_s,
         )
-        tracing = config.tracing
+        tracing = setup.tracing
         tracer = make_tracer(tracing.exporter, tracing.endpoint, tracing.sample_ratio, "searoom-ingress")
         self._gateway = Gateway(
-            setup.model,
+            setup.model_name,
             Tokenizer(files),
             spec,
             KeyRing(setup.key_sha256),
             completions,
-            GatewayLimits(config.ingress.max_body_bytes, spec.context_tokens),
-            RequestLog(setup.model, RayMeter(metrics.INGRESS_SERIES), tracer),
+            GatewayLimits(setup.limits.max_body_bytes, spec.context_tokens),
+            RequestLog(setup.model_name, RayMeter(metrics.INGRESS_SERIES), tracer),
             is_ready=lambda: self._links.any_attached,
             fleet_status=self._fleet_status,
         )

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
-from typing import Protocol
+from contextvars import Context
+from typing import Any, Protocol, TypeVar
+
+import msgspec
 
 from serving.errors import ReplicaGone
 from serving.messages import (
+    Accepted,
     DispatchUpdate,
     Queued,
     RouteReply,
@@ -29,6 +33,9 @@ from serving.messages import (
 from serving.transport import Coalescer, DelayLine, Stream
 
 logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
 
 MEMBERSHIP_INTERVAL_S = 0.1
 RECONNECT_S = 0.2
@@ -49,6 +56,21 @@ class Service(Protocol):
     def stream(self, method: str, *args: object) -> AsyncIterator[bytes]: ...
 
 
+def _nobodys(
+    call: Callable[[list[Item]], Coroutine[Any, Any, list[Answer]]],
+) -> Callable[[list[Item]], asyncio.Task[list[Answer]]]:
+    """`call`, outside the context of whichever request came first.
+
+    Serve cancels every call made in a request's context when its client goes away, and a coalesced
+    call carries other clients' messages too.
+    """
+
+    def start(items: list[Item]) -> asyncio.Task[list[Answer]]:
+        return asyncio.create_task(call(items), context=Context())
+
+    return start
+
+
 class ReplicaLink:
     """The pair of this Ingress and one replica."""
 
@@ -58,24 +80,30 @@ class ReplicaLink:
         self._ingress_id = ingress_id
         self._line = line
         self._inboxes: dict[str, Stream[SequenceDelta]] = {}
-        self._submits: Coalescer[Submit, SubmitReply] = Coalescer(self._submit)
-        self._aborts: Coalescer[str, None] = Coalescer(self._abort)
+        self._submits: Coalescer[Submit, SubmitReply] = Coalescer(_nobodys(self._submit))
+        self._aborts: Coalescer[str, None] = Coalescer(_nobodys(self._abort))
         self._aborting: set[asyncio.Task[None]] = set()
-        self._attached = asyncio.Event()
+        self._attached = asyncio.Event()  # or gone
         self._leaving = False
         self.gone = asyncio.Event()
         self._receiver = asyncio.create_task(self._receive())
 
     async def submit(self, submit: Submit) -> SubmitReply:
-        """The replica's answer. Raises ReplicaGone."""
-        waits = {asyncio.ensure_future(self._attached.wait()), asyncio.ensure_future(self.gone.wait())}
-        _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in pending:
-            wait.cancel()
+        """The replica's answer. Raises ReplicaGone. Cancelled, it ends what the replica accepts."""
+        await self._attached.wait()
         if self.gone.is_set() or self._leaving:
             raise ReplicaGone(self.replica_id)
         self._inboxes[submit.request_id] = Stream()
-        return await self._submits.send(submit)
+        answer = asyncio.ensure_future(self._submits.send(submit))
+        try:
+            return await asyncio.shield(answer)
+        except ReplicaGone:
+            self.release(submit.request_id, abort=False)
+            raise
+        except asyncio.CancelledError:
+            # Sent now, an abort could overtake the submit it undoes.
+            answer.add_done_callback(lambda answered: self._undo(submit.request_id, answered))
+            raise
 
     def deltas(self, request_id: str) -> AsyncIterator[list[SequenceDelta]]:
         """The news of an accepted request. Ends without a finish reason when the replica is gone."""
@@ -100,6 +128,10 @@ class ReplicaLink:
 
     def close(self) -> None:
         self._receiver.cancel()
+
+    def _undo(self, request_id: str, answered: asyncio.Future[SubmitReply]) -> None:
+        failed = answered.cancelled() or answered.exception() is not None
+        self.release(request_id, abort=not failed and isinstance(answered.result(), Accepted))
 
     def _close_if_idle(self) -> None:
         if self._leaving and not self._inboxes and not self._aborting:
@@ -130,6 +162,7 @@ class ReplicaLink:
             logger.warning("replica is gone", extra={"replica": self.replica_id})
         finally:
             self.gone.set()
+            self._attached.set()
             for inbox in self._inboxes.values():
                 inbox.close()
 
@@ -196,8 +229,8 @@ class RouterLink:
     def __init__(self, router: Service, ingress_id: str) -> None:
         self._router = router
         self._ingress_id = ingress_id
-        self._picks: Coalescer[RouteRequest, RouteReply] = Coalescer(self._pick)
-        self._updates: Coalescer[DispatchUpdate, None] = Coalescer(self._update)
+        self._picks: Coalescer[RouteRequest, RouteReply] = Coalescer(_nobodys(self._pick))
+        self._updates: Coalescer[DispatchUpdate, None] = Coalescer(_nobodys(self._update))
         self._queued: dict[str, asyncio.Future[RouteReply]] = {}
         self._attached = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = {asyncio.create_task(self._receive())}
@@ -218,18 +251,29 @@ class RouterLink:
 
     def tell(self, update: DispatchUpdate) -> None:
         """What became of a Route; nobody waits for it."""
-        task = asyncio.create_task(self._tell(update))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._soon(self._updates.send(update))
+
+    def withdraw(self, request: RouteRequest) -> None:
+        """Nobody waits for this request's Route any more; nobody waits for this either.
+
+        It is asked for once more, with its deadline over: the Router forgets it, queued or routed.
+        Going the way of `pick`, it cannot overtake it.
+        """
+        self._soon(self._picks.send(msgspec.structs.replace(request, deadline_s=0.0)))
 
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
 
-    async def _tell(self, update: DispatchUpdate) -> None:
-        # A new Router starts from the replicas' reports, and knows nothing of this dispatch.
-        with suppress(ReplicaGone):
-            await self._updates.send(update)
+    def _soon(self, sending: Coroutine[Any, Any, object]) -> None:
+        async def send() -> None:
+            # A new Router starts from the replicas' reports, and knows nothing of earlier requests.
+            with suppress(ReplicaGone):
+                await sending
+
+        task = asyncio.create_task(send())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _pick(self, requests: list[RouteRequest]) -> list[RouteReply]:
         return decode(await self._router.call("pick", encode(requests)), list[RouteReply])

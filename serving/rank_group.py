@@ -7,18 +7,32 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+import msgspec
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util import get_current_placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.placement import RANK_CPUS, rank_order
-from serving.config import SearoomConfig
+from serving.config import EngineConfig, ModelConfig
 from serving.errors import ConfigError
 from serving.messages import StepFrame, Submit, SubmitReply, decode, encode
 from serving.rank import Rank, RankIdentity, RankReady
 
 logger = logging.getLogger(__name__)
+
+
+class ReplicaSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What `app.compose` tells a replica. Nothing of other regions, nor of how many replicas there are:
+    what changes here makes Serve replace the replica.
+    """
+
+    model: ModelConfig
+    engine: EngineConfig
+    region: str
+    pretend_rtt_ms: float
+    environment: dict[str, str]  # of every rank
+    log_level: str
 
 
 class RankGroup:
@@ -37,17 +51,15 @@ class RankGroup:
     @classmethod
     async def start(
         cls,
-        config: SearoomConfig,
+        setup: ReplicaSetup,
         replica_id: str,
-        region: str,
-        environment: dict[str, str],
         on_death: Callable[[str], None],
     ) -> RankGroup:
         """Make the ranks in the current placement group and load them, all at once.
 
         Raises ConfigError when a rank says that what was asked is impossible.
         """
-        world_size = config.engine.tensor_parallel
+        world_size = setup.engine.tensor_parallel
         group = get_current_placement_group()
         if group is None:
             raise ConfigError("a ModelReplica needs a placement group: deploy it through serving.app:build")
@@ -58,7 +70,7 @@ class RankGroup:
         for rank, bundle in enumerate(order):
             identity = RankIdentity(
                 replica_id=replica_id,
-                region=region,
+                region=setup.region,
                 rank=rank,
                 world_size=world_size,
                 ranks_on_node=sum(node == nodes[bundle] for node in nodes.values()),
@@ -66,12 +78,12 @@ class RankGroup:
             )
             options: dict[str, Any] = {
                 "num_cpus": RANK_CPUS,
-                "num_gpus": 1 if config.engine.device == "cuda" else 0,
+                "num_gpus": 1 if setup.engine.device == "cuda" else 0,
                 "max_restarts": 0,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(group, bundle),
-                "runtime_env": {"env_vars": environment},
+                "runtime_env": {"env_vars": setup.environment},
             }
-            ranks.append(ray.remote(Rank).options(**options).remote(identity, config.model, config.engine))
+            ranks.append(ray.remote(Rank).options(**options).remote(identity, setup.model, setup.engine))
         try:
             rendezvous = await ranks[0].rendezvous.remote()
             ready = await asyncio.gather(*(rank.load.remote(rendezvous) for rank in ranks))

@@ -20,7 +20,6 @@ from ray.exceptions import RayError
 
 from cluster.load import ReplicaLoad
 from serving import metrics
-from serving.config import SearoomConfig
 from serving.errors import ReplicaGone
 from serving.load_reporter import LoadReporter
 from serving.logs import configure as configure_logs
@@ -33,7 +32,7 @@ from serving.messages import (
     decode,
     encode,
 )
-from serving.rank_group import RankGroup
+from serving.rank_group import RankGroup, ReplicaSetup
 from serving.ray_compat import RayMeter, ServiceHandle, application_name, replica_id
 from serving.transport import DelayLine, Outbox
 
@@ -47,22 +46,20 @@ HANG_FACTOR = 50  # a step this many times longer than predicted is a hang
 class ModelReplica:
     """Made by Serve, in bundle 0 of its placement group."""
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: SearoomConfig, region: str, rtt_ms: float, environment: dict[str, str]
-    ) -> None:
+    async def __init__(self, setup: ReplicaSetup) -> None:  # type: ignore[misc]  # Serve awaits it
         self._id = replica_id()
-        configure_logs(config.log_level, replica=self._id, region=region)
-        self._tags = {"region": region, "replica": self._id}
+        configure_logs(setup.log_level, replica=self._id, region=setup.region)
+        self._tags = {"region": setup.region, "replica": self._id}
         self._meter = RayMeter(metrics.REPLICA_SERIES)
         self._owners: dict[str, str] = {}  # request id → ingress id
         self._outbox: Outbox[StepFrame] = Outbox()
         self._failure: str | None = None
         self._last_frame_s = time.monotonic()
         self._next_step_ms = 0.0
-        self._group = await RankGroup.start(config, self._id, region, environment, self._fail)
+        self._group = await RankGroup.start(setup, self._id, self._fail)
         router = ServiceHandle("Router", application_name())
         load = decode(await self._group.load_report(), ReplicaLoad)
-        self._reporter = LoadReporter(load, router, DelayLine(rtt_ms))
+        self._reporter = LoadReporter(load, router, DelayLine(setup.pretend_rtt_ms))
         self._tasks = [asyncio.create_task(self._pump()), asyncio.create_task(self._watch_for_hang())]
         logger.info("replica ready", extra={"blocks": self._group.ready[0].num_blocks})
 

@@ -11,9 +11,11 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 
+import msgspec
+
 from cluster.load import ReplicaLoad
 from serving import metrics
-from serving.config import SearoomConfig
+from serving.config import RoutingConfig
 from serving.dispatcher import Answers, Dispatcher, DispatcherLimits
 from serving.logs import configure as configure_logs
 from serving.messages import DispatchUpdate, Route, RouteReply, RouteRequest, decode, encode
@@ -23,21 +25,30 @@ from serving.transport import Outbox
 TICK_S = 0.1
 
 
-class Router:
-    """Made by Serve in the home region. `deployments` are the ModelReplica deployments' names."""
+class RouterSetup(msgspec.Struct, frozen=True, kw_only=True):
+    """What `app.compose` tells the Router."""
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: SearoomConfig, deployments: dict[str, str], rtt_ms: dict[str, float]
-    ) -> None:
-        configure_logs(config.log_level, replica=replica_id(), region=config.home)
+    routing: RoutingConfig
+    block_tokens: int
+    region: str  # where the Router stands
+    deployments: tuple[str, ...]  # the ModelReplica deployments' names
+    rtt_ms: dict[str, float]  # from here to each region
+    log_level: str
+
+
+class Router:
+    """Made by Serve in the home region."""
+
+    async def __init__(self, setup: RouterSetup) -> None:  # type: ignore[misc]  # Serve awaits it
+        configure_logs(setup.log_level, replica=replica_id(), region=setup.region)
         self._meter = RayMeter(metrics.ROUTER_SERIES)
         limits = DispatcherLimits(
-            max_waiting_requests=config.routing.max_waiting_requests, max_wait_s=config.routing.max_wait_s
+            max_waiting_requests=setup.routing.max_waiting_requests, max_wait_s=setup.routing.max_wait_s
         )
-        self._dispatcher = Dispatcher(limits, rtt_ms, block_tokens=config.engine.block_tokens)
+        self._dispatcher = Dispatcher(limits, setup.rtt_ms, block_tokens=setup.block_tokens)
         self._answers: Outbox[RouteReply] = Outbox()
         application = application_name()
-        self._replicas = [PinnedHandle(deployment, application) for deployment in deployments.values()]
+        self._replicas = [PinnedHandle(deployment, application) for deployment in setup.deployments]
         self._ticker = asyncio.create_task(self._tick())
 
     async def pick(self, payload: bytes) -> bytes:

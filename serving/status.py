@@ -27,7 +27,7 @@ def print_status(endpoint: str, key: str, console: Console) -> None:
     console.print(f"{endpoint}: {waiting} requests wait for headroom", highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in COLUMNS:
-        table.add_column(name, justify="left" if name in COLUMNS[:3] else "right")
+        table.add_column(name, justify="left" if name in COLUMNS[:3] else "right", no_wrap=True)
     for replica in status.replicas:
         table.add_row(*_row(replica))
     for replica_id in status.unreported:

@@ -9,6 +9,7 @@ slot `slot_mapping[t]` = block * block_tokens + offset.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,7 +51,7 @@ class StepPlan:
         tokens, sequences, width, rows = (int(n) for n in flat[:4])
         sizes = (tokens, tokens, tokens, sequences + 1, sequences, sequences * width, rows)
         ends = np.cumsum((4, *sizes))
-        parts = [flat[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+        parts = [flat[start:end] for start, end in itertools.pairwise(ends)]
         token_ids, positions, slot_mapping, query_start, context_lens, block_tables, logits_rows = parts
         return cls(
             token_ids=token_ids,

@@ -4,12 +4,12 @@ import asyncio
 import concurrent.futures
 import re
 import time
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
-
-from tests.e2e.conftest import eventually
+from clusters import eventually
 
 UNKNOWN_MODEL = b'{"model": "nope", "messages": [{"role": "user", "content": "x"}]}'
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
@@ -159,21 +159,21 @@ def test_a_client_that_leaves_frees_its_blocks(one_region):
 
 
 def test_a_full_kv_pool_makes_requests_wait_never_fail(one_region):
-    """24 requests that need thrice the pool all finish, in full."""
+    """20 requests that need more than the pool all finish, in full."""
     client = one_region.client(timeout=300)
 
     def ask(number):
         reply = client.completions.create(
             model=one_region.model,
             prompt=f"Story number {number}: once upon a time there was",
-            max_tokens=250,
+            max_tokens=150,
             temperature=0,
             extra_body={"ignore_eos": True},
         )
         return reply.usage.completion_tokens
 
-    with concurrent.futures.ThreadPoolExecutor(24) as pool:
-        assert list(pool.map(ask, range(24))) == [250] * 24
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        assert list(pool.map(ask, range(20))) == [150] * 20
 
 
 def test_status_and_chat_commands(one_region):
@@ -199,7 +199,7 @@ def test_the_dashboard_shows_the_deployments_and_metrics_carry_our_series(one_re
     assert {name.split("-")[0] for name in deployments} == {"Ingress", "Router", "ModelReplica"}
     assert {state["status"] for state in deployments.values()} == {"HEALTHY"}
     series = eventually(lambda: scrape(one_region), timeout_s=30, interval_s=1)
-    for name in ("searoom_requests", "searoom_time_to_first_token", "searoom_kv_blocks_free"):
+    for name in ("searoom_requests", "searoom_ttft_seconds", "searoom_kv_blocks_free"):
         assert name in series
     assert one_region.key not in series
 
@@ -240,8 +240,6 @@ def test_logs_carry_request_ids_and_never_prompts_or_keys(one_region):
     }
     sessions = [folder for folder in folders if "session_" in folder]
     assert sessions
-    from pathlib import Path
-
     for session in sessions:
         for file in Path(session, "logs").rglob("*.*"):
             if file.is_file():
