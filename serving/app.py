@@ -30,6 +30,7 @@ from serving.router import Router, RouterSetup
 MAX_ONGOING_CALLS = 10_000  # Serve's default of 5 would queue calls unseen; admission is by KV blocks
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
+ROUTER_DRAIN_S = 2.0  # its streams never end by themselves; who asked the old one asks the new one
 # A line a call would be a line a load report; requests are logged once, by Ingress.
 NO_ACCESS_LOG = {"enable_access_log": False}
 
@@ -86,9 +87,11 @@ def compose(plan: Plan) -> Application:
         rtt_ms=rtt_ms,
         log_level=config.log_level,
     )
-    router = _control_deployment(Router, "Router", config, num_replicas=1).bind(router_setup)
+    router = _control_deployment(Router, "Router", config, num_replicas=1, drain_s=ROUTER_DRAIN_S).bind(
+        router_setup
+    )
     setup = IngressSetup(
-        model=config.model,
+        model=config.model.model_copy(update={"dtype": config.dtype}),
         model_name=plan.model_name,
         block_tokens=config.engine.block_tokens,
         limits=config.ingress,
@@ -100,11 +103,15 @@ def compose(plan: Plan) -> Application:
         log_level=config.log_level,
     )
     gateway = serve.ingress()(Ingress)
-    ingress = _control_deployment(gateway, "Ingress", config, num_replicas=config.ingress.replicas)
+    ingress = _control_deployment(
+        gateway, "Ingress", config, num_replicas=config.ingress.replicas, drain_s=_drain_s(config)
+    )
     return ingress.bind(setup, router, *replicas)
 
 
-def _control_deployment(cls: Any, name: str, config: SearoomConfig, *, num_replicas: int) -> Any:
+def _control_deployment(
+    cls: Any, name: str, config: SearoomConfig, *, num_replicas: int, drain_s: float
+) -> Any:
     actor_options: dict[str, Any] = {"num_cpus": REPLICA_CPUS}
     if config.pin_regions:
         actor_options["label_selector"] = {REGION_LABEL: config.home}
@@ -116,7 +123,7 @@ def _control_deployment(cls: Any, name: str, config: SearoomConfig, *, num_repli
         max_ongoing_requests=MAX_ONGOING_CALLS,
         health_check_period_s=HEALTH_CHECK_PERIOD_S,
         health_check_timeout_s=HEALTH_CHECK_TIMEOUT_S,
-        graceful_shutdown_timeout_s=_drain_s(config),
+        graceful_shutdown_timeout_s=drain_s,
         logging_config=NO_ACCESS_LOG,
     )
 
@@ -147,7 +154,7 @@ def _model_replica(plan: Plan, region: RegionConfig, pretend_ms: float) -> Appli
         **options,
     )
     setup = ReplicaSetup(
-        model=config.model,
+        model=config.model.model_copy(update={"dtype": config.dtype}),
         engine=config.engine,
         region=region.name,
         pretend_rtt_ms=pretend_ms,

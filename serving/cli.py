@@ -22,14 +22,14 @@ from serving.config import application_of, parse_config
 from serving.deploy import deploy_application
 from serving.errors import ConfigError, SearoomError
 from serving.status import print_status
-from serving.up import UpOptions, run_up
+from serving.up import KEY_VARIABLE, UpOptions, run_up
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 # A pipe has no width of its own, and `status` is a wide table.
 console = Console(width=None if sys.stdout.isatty() else 140)
 
 KeyOption = Annotated[
-    str | None, typer.Option("--api-key", envvar="SEAROOM_API_KEY", help="Use this key, not the key file's.")
+    str | None, typer.Option("--api-key", envvar=KEY_VARIABLE, help="Use this key, not the key file's.")
 ]
 
 
@@ -93,7 +93,7 @@ def down() -> None:
 @app.command()
 def status(api_key: KeyOption = None) -> None:
     """Show regions, replicas, KV headroom, requests in flight, and the replicas needed."""
-    print_status(running.require().endpoint, api_key or load_key(), console)
+    print_status(_serving().endpoint, api_key or load_key(), console)
 
 
 @app.command()
@@ -105,7 +105,7 @@ def chat(
     seed: Annotated[int | None, typer.Option()] = None,
 ) -> None:
     """Stream an answer in the terminal."""
-    cluster = running.require()
+    cluster = _serving()
     wanted = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     controls = {name: value for name, value in wanted.items() if value is not None}
     for piece in stream_answer(cluster.endpoint, api_key or load_key(), cluster.model, prompt, controls):
@@ -127,6 +127,13 @@ def deploy(config: Path) -> None:
     args = application.get("args") or {}
     parse_config(args, str(config))
     deploy_application(build(args), serve_config, application, console)
+
+
+def _serving() -> running.Running:
+    cluster = running.require()
+    if not cluster.ready:
+        raise ConfigError(f"the cluster (process {cluster.pid}) is still starting")
+    return cluster
 
 
 def main() -> None:

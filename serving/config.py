@@ -127,6 +127,17 @@ class SearoomConfig(_Frozen):
         return self
 
     @property
+    def dtype(self) -> str:
+        """Of weights and KV cache, with "auto" resolved: Ingress and engine hash blocks with it.
+
+        bfloat16 on CUDA. On CPU float32: the embedded model's best tokens are often closer than
+        bfloat16 can tell apart, and a default must not change answers.
+        """
+        if self.model.dtype != "auto":
+            return self.model.dtype
+        return "bfloat16" if self.engine.device == "cuda" else "float32"
+
+    @property
     def home(self) -> str:
         return self.home_region or self.regions[0].name
 

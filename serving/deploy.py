@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from typing import Any
 
@@ -37,7 +36,7 @@ def deploy_application(
     )
     name = entry.get("name", APPLICATION)
     start_application(application, name, entry.get("route_prefix", "/"))
-    wait_until_running(console, threading.Event(), name)
+    wait_until_running(console, name)
 
 
 def quiet_serve() -> None:
@@ -45,12 +44,13 @@ def quiet_serve() -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
 
 
-def wait_until_running(console: Console, stop: threading.Event, name: str = APPLICATION) -> None:
+def wait_until_running(console: Console, name: str = APPLICATION) -> None:
     """Print a line a deployment as it gets healthy. Raises ConfigError with Serve's reason if it fails."""
     started = time.monotonic()
     healthy: set[str] = set()
     with console.status("starting deployments") as spinner:
-        while not stop.wait(POLL_S):
+        while True:
+            time.sleep(POLL_S)
             overview = serve.status().applications.get(name)
             if overview is None:
                 continue

@@ -103,6 +103,10 @@ class Generation:
         self.times.picked_s = time.time()
         try:
             link = self.links.get(route.replica_id)
+        except ReplicaGone:  # not seen here yet, or gone, which its link has told the Router
+            self._without(route.replica_id)
+            return
+        try:
             reply = await link.submit(
                 msgspec.structs.replace(self.submit, reserve_blocks=route.reserve_blocks)
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context
 from typing import Any, Protocol, TypeVar
@@ -231,7 +231,7 @@ class RouterLink:
         self._ingress_id = ingress_id
         self._picks: Coalescer[RouteRequest, RouteReply] = Coalescer(_nobodys(self._pick))
         self._updates: Coalescer[DispatchUpdate, None] = Coalescer(_nobodys(self._update))
-        self._queued: dict[str, asyncio.Future[RouteReply]] = {}
+        self._queued: dict[str, asyncio.Future[RouteReply | None]] = {}  # None: the Router died
         self._attached = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = {asyncio.create_task(self._receive())}
 
@@ -241,17 +241,20 @@ class RouterLink:
         Raises ReplicaGone when the Router died: what it had queued must be asked for again.
         """
         await self._attached.wait()
-        answer: asyncio.Future[RouteReply] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[RouteReply | None] = asyncio.get_running_loop().create_future()
         self._queued[request.request_id] = answer  # before the call: the stream may be the faster one
         try:
             reply = await self._picks.send(request)
-            return await answer if isinstance(reply, Queued) else reply
+            final = await answer if isinstance(reply, Queued) else reply
+            if final is None:
+                raise ReplicaGone("Router")
+            return final
         finally:
             self._queued.pop(request.request_id, None)
 
     def tell(self, update: DispatchUpdate) -> None:
         """What became of a Route; nobody waits for it."""
-        self._soon(self._updates.send(update))
+        self._soon(self._updates, update)
 
     def withdraw(self, request: RouteRequest) -> None:
         """Nobody waits for this request's Route any more; nobody waits for this either.
@@ -259,17 +262,17 @@ class RouterLink:
         It is asked for once more, with its deadline over: the Router forgets it, queued or routed.
         Going the way of `pick`, it cannot overtake it.
         """
-        self._soon(self._picks.send(msgspec.structs.replace(request, deadline_s=0.0)))
+        self._soon(self._picks, msgspec.structs.replace(request, deadline_s=0.0))
 
     def close(self) -> None:
         for task in self._tasks:
             task.cancel()
 
-    def _soon(self, sending: Coroutine[Any, Any, object]) -> None:
+    def _soon(self, messages: Coalescer[Item, Any], item: Item) -> None:
         async def send() -> None:
             # A new Router starts from the replicas' reports, and knows nothing of earlier requests.
             with suppress(ReplicaGone):
-                await sending
+                await messages.send(item)
 
         task = asyncio.create_task(send())
         self._tasks.add(task)
@@ -296,5 +299,5 @@ class RouterLink:
             self._attached.clear()
             for answer in self._queued.values():
                 if not answer.done():
-                    answer.set_exception(ReplicaGone("Router"))
+                    answer.set_result(None)
             await asyncio.sleep(RECONNECT_S)

@@ -34,16 +34,13 @@ class LoadReporter:
         self._sequence = 0
         self._changed = asyncio.Event()
         self._changed.set()
-        self._task = asyncio.create_task(self._run())
 
     def changed(self, load: ReplicaLoad) -> None:
         self._load = load
         self._changed.set()
 
-    def close(self) -> None:
-        self._task.cancel()
-
-    async def _run(self) -> None:
+    async def run(self) -> None:
+        """Report until cancelled."""
         while True:
             with suppress(TimeoutError):  # idle: say so once a second, so that silence means death
                 await asyncio.wait_for(self._changed.wait(), IDLE_INTERVAL_S)

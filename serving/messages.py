@@ -90,7 +90,8 @@ class DispatchUpdate(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a Route, so that the Router counts each request's blocks once.
 
     `accepted` carries the replica's submission number: the Router's own note of the dispatch is
-    dropped when a load report includes it. `finished` and `lost` end the request.
+    dropped when a load report includes it. `finished` and `lost` end the request. `lost` without a
+    request id says that the replica itself is gone, seen on its broken stream.
     """
 
     request_id: str
@@ -169,8 +170,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
 class StepFrame(msgspec.Struct, frozen=True, kw_only=True):
     """All of a step's news; the replica splits it so that each Ingress gets only its own requests.
 
-    `next_step_ms` is how long the next frame may take by prediction, 0 when nothing runs: a
-    silence many times longer is a hang.
+    `next_step_ms` predicts the fullest step that could come next: with work to do, a silence many
+    times longer is a hang.
     """
 
     step: int

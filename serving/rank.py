@@ -89,12 +89,13 @@ class Rank:
     def _load(self, rendezvous: str) -> None:
         files = resolve(self._model.source)
         spec = read_model_spec(files.folder)
-        config, identity = self._config, self._identity
+        config, identity, dtype = self._config, self._identity, self._model.dtype
+        assert dtype != "auto", "resolved where the config is known whole"
         self._executor = self._make_executor(
             ExecutorOptions(
                 weights=files.weights,
                 spec=spec,
-                dtype=self._model.dtype,
+                dtype=dtype,
                 device=config.device,
                 block_tokens=config.block_tokens,
                 kv_blocks=config.kv_blocks,
@@ -137,7 +138,8 @@ class Rank:
         except Exception as failure:
             logger.exception("the engine failed")
             self._failure = failure
-        loop.call_soon_threadsafe(self._frames.close)
+        finally:
+            loop.call_soon_threadsafe(self._frames.close)
 
     async def frames(self) -> AsyncIterator[bytes]:
         """Every step's news, as encoded lists of StepFrame. Raises when the engine has failed."""

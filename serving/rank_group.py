@@ -87,7 +87,7 @@ class RankGroup:
         try:
             rendezvous = await ranks[0].rendezvous.remote()
             ready = await asyncio.gather(*(rank.load.remote(rendezvous) for rank in ranks))
-        except RayTaskError as failed:
+        except RayError as failed:
             _kill(ranks)
             raise _cause(failed) from failed
         return cls(ranks, ready, on_death)
@@ -127,6 +127,7 @@ def _kill(ranks: list[Any]) -> None:
         ray.kill(rank)
 
 
-def _cause(failed: RayTaskError) -> Exception:
-    cause = failed.cause
+def _cause(failed: RayError) -> Exception:
+    """What the rank itself raised; of a rank that died there is only Ray's word."""
+    cause = failed.cause if isinstance(failed, RayTaskError) else None
     return cause if isinstance(cause, Exception) else failed

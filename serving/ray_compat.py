@@ -9,6 +9,7 @@ What is private here, each with a test that fails when Ray changes it:
 - `serve.run_many`, which starts an application without waiting for it (a developer API).
 - `ray.serve._private.replica.add_port_to_grpc_server`: replicas bind their gRPC port on every
   interface, whatever address the node was given. On a loopback node it is bound there too.
+- `_get_global_client`: which HTTP port a Serve that is running already has.
 - `handle._router._asyncio_router.request_router.curr_replicas`: Serve's running set.
 """
 
@@ -23,6 +24,8 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application, RunTarget
 from ray.serve._private import replica as serve_replica
+from ray.serve._private.common import ReplicaID
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Gauge, Histogram
@@ -33,19 +36,37 @@ from serving.metrics import Series, Tags
 
 LOOPBACK = "127.0.0.1"
 GONE = (RayActorError, RayServeException, grpc.aio.AioRpcError, DeploymentUnavailableError)
+DRAINING_METHODS = ("abort",)
+MAX_DEPARTED = 64
 PINNED_ROUTER = "serving.ray_compat:PinnedRouter"
 SERVE_TAG = "replica"
 
 
 class PinnedRouter(RequestRouter):
-    """Sends a call to the replica its handle's session id names; with none, to any replica."""
+    """Sends a call to the replica its handle's session id names, or raises `ReplicaGone`.
+
+    A replica that has left the running set still finishes its streams, so it still takes aborts.
+    """
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        self._departed: dict[ReplicaID, RunningReplica] = {}
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        before = dict(self._replicas)
+        super().update_replicas(replicas)
+        self._departed |= {name: one for name, one in before.items() if name not in self._replicas}
+        while len(self._departed) > MAX_DEPARTED:
+            del self._departed[next(iter(self._departed))]
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
         wanted = pending_request.metadata.session_id
-        for replica in self._replicas_list:
-            if replica.replica_id.unique_id == wanted and not is_retry:
+        reachable = dict(self._replicas)
+        if pending_request.metadata.call_method in DRAINING_METHODS:
+            reachable |= self._departed
+        for replica_id, replica in reachable.items():
+            if replica_id.unique_id == wanted and not is_retry:
                 return replica
         # A retry means that the replica could not be reached, or turned the call away.
         raise ReplicaGone(wanted)
@@ -139,6 +160,12 @@ def start_application(application: Application, name: str, route_prefix: str) ->
     """Hand the application to Serve and return: what becomes of it is in `serve.status()`."""
     target = RunTarget(target=application, name=name, route_prefix=route_prefix)
     serve.run_many([target], wait_for_applications_running=False)
+
+
+def running_http_port() -> int | None:
+    """The HTTP port of the Serve instance on the cluster this process has joined; None without one."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return client.http_config.port if client is not None else None
 
 
 def _connect(deployment: str, application: str) -> DeploymentHandle:

@@ -20,6 +20,7 @@ from ray.exceptions import RayError
 
 from cluster.load import ReplicaLoad
 from serving import metrics
+from serving.background import Background
 from serving.errors import ReplicaGone
 from serving.load_reporter import LoadReporter
 from serving.logs import configure as configure_logs
@@ -29,6 +30,7 @@ from serving.messages import (
     StepFrame,
     StepStats,
     Submit,
+    SubmitReply,
     decode,
     encode,
 )
@@ -39,8 +41,8 @@ from serving.transport import DelayLine, Outbox
 logger = logging.getLogger(__name__)
 
 FLUSH_S = 0.3  # for the error events of a dying replica to leave it
-HANG_FLOOR_S = 20.0
-HANG_FACTOR = 50  # a step this many times longer than predicted is a hang
+HANG_FLOOR_S = 60.0  # a first step may compile, or read weights in
+HANG_FACTOR = 20  # a step this many times longer than the fullest one's prediction is a hang
 
 
 class ModelReplica:
@@ -54,13 +56,18 @@ class ModelReplica:
         self._owners: dict[str, str] = {}  # request id → ingress id
         self._outbox: Outbox[StepFrame] = Outbox()
         self._failure: str | None = None
+        self._exiting: asyncio.Task[None] | None = None
+        self._background = Background()
+        self._load: ReplicaLoad | None = None
         self._last_frame_s = time.monotonic()
         self._next_step_ms = 0.0
         self._group = await RankGroup.start(setup, self._id, self._fail)
         router = ServiceHandle("Router", application_name())
         load = decode(await self._group.load_report(), ReplicaLoad)
         self._reporter = LoadReporter(load, router, DelayLine(setup.pretend_rtt_ms))
-        self._tasks = [asyncio.create_task(self._pump()), asyncio.create_task(self._watch_for_hang())]
+        self._background.start(self._reporter.run(), "report")
+        self._background.start(self._pump(), "pump")
+        self._background.start(self._watch_for_hang(), "watch")
         logger.info("replica ready", extra={"blocks": self._group.ready[0].num_blocks})
 
     async def submit(self, ingress_id: str, payload: bytes) -> bytes:
@@ -68,14 +75,24 @@ class ModelReplica:
         submits = decode(payload, list[Submit])
         if self._failure is not None or not self._outbox.is_attached(ingress_id):
             raise ReplicaGone(self._id)
-        for submit in submits:  # before the engine knows of it, so that its first frame finds its owner
-            self._owners.setdefault(submit.request_id, ingress_id)
-        replies = await self._group.submit(submits)
-        for reply in replies:
-            if not isinstance(reply, Accepted) and reply.why != "duplicate request id":
-                self._owners.pop(reply.request_id, None)
-                self._meter.add(metrics.REFUSALS, 1, self._tags)
-        return encode(replies)
+        # An Ingress that dies meanwhile cancels this call, but not what rank 0 is asked already.
+        return encode(await asyncio.shield(self._submit(ingress_id, submits)))
+
+    async def _submit(self, ingress_id: str, submits: list[Submit]) -> list[SubmitReply]:
+        fresh = [submit.request_id for submit in submits if submit.request_id not in self._owners]
+        # Before the engine knows of them, so that their first frame finds its owner.
+        self._owners.update(dict.fromkeys(fresh, ingress_id))
+        accepted: set[str] = set()
+        try:
+            replies = await self._group.submit(submits)
+            accepted = {reply.request_id for reply in replies if isinstance(reply, Accepted)}
+            self._meter.add(metrics.REFUSALS, len(replies) - len(accepted), self._tags)
+        finally:
+            for request_id in set(fresh) - accepted:
+                self._owners.pop(request_id, None)
+        if not self._outbox.is_attached(ingress_id):
+            await self._abandon(ingress_id)
+        return replies
 
     async def abort(self, request_ids: list[str]) -> None:
         """End these requests and release their blocks; unknown ids are ignored."""
@@ -84,20 +101,29 @@ class ModelReplica:
     async def frames(self, ingress_id: str) -> AsyncIterator[bytes]:
         """This Ingress's part of every step, until one of the two is gone.
 
-        The first item is empty: it says that the stream is attached.
+        The first item is empty: it says that the stream is attached. What was submitted before
+        that is aborted, because an Ingress that attaches again has given it up.
         """
-        yield encode([])
+        await self._abandon(ingress_id)
         try:
             async for batch in self._outbox.consume(ingress_id):
                 yield encode(batch)
         finally:
-            orphans = [request for request, owner in self._owners.items() if owner == ingress_id]
-            if orphans and self._failure is None:
-                logger.info("ingress is gone", extra={"aborted": len(orphans)})
-                await self._group.abort(orphans)
+            if not self._outbox.is_attached(ingress_id):
+                await self._abandon(ingress_id)
+
+    async def _abandon(self, ingress_id: str) -> None:
+        """Abort all that this Ingress has here; nobody is left to hear how it ends."""
+        orphans = [request for request, owner in self._owners.items() if owner == ingress_id]
+        for request_id in orphans:
+            del self._owners[request_id]
+        if orphans and self._failure is None:
+            logger.info("ingress is gone", extra={"aborted": len(orphans)})
+            await self._group.abort(orphans)
 
     async def check_health(self) -> None:
         """Answers from memory, never through the engine: a long step is not a failure."""
+        self._background.check()
         if self._failure is not None:
             raise RuntimeError(self._failure)
 
@@ -130,6 +156,7 @@ class ModelReplica:
         for owner, deltas in parts.items():
             self._outbox.put(owner, StepFrame(step=frame.step, deltas=tuple(deltas)))
         if frame.load is not None:
+            self._load = frame.load
             self._reporter.changed(frame.load)
             self._record_load(frame.load)
         if frame.stats is not None:
@@ -145,10 +172,9 @@ class ModelReplica:
             delta = SequenceDelta(request_id=request_id, finish_reason="lost", error=why)
             self._outbox.put(owner, StepFrame(step=-1, deltas=(delta,)))
         self._outbox.close_all()
-        self._tasks.append(asyncio.create_task(self._exit()))
+        self._exiting = asyncio.create_task(self._exit())
 
     async def _exit(self) -> None:
-        self._reporter.close()
         await asyncio.sleep(FLUSH_S)
         self._group.close()
         os._exit(1)
@@ -157,10 +183,16 @@ class ModelReplica:
         while True:
             await asyncio.sleep(1.0)
             allowed_s = max(HANG_FLOOR_S, HANG_FACTOR * self._next_step_ms / 1000)
-            if self._owners and time.monotonic() - self._last_frame_s > allowed_s:
-                self._fail(f"no step within {allowed_s:.0f} s")
-            if not self._owners:
+            if self._is_idle:
                 self._last_frame_s = time.monotonic()
+            elif time.monotonic() - self._last_frame_s > allowed_s:
+                self._fail(f"no step within {allowed_s:.0f} s")
+
+    @property
+    def _is_idle(self) -> bool:
+        """Nothing is accepted that has not ended, as far as the replica and the last frame know."""
+        load = self._load
+        return not self._owners and (load is None or load.num_running + load.num_waiting == 0)
 
     def _record_load(self, load: ReplicaLoad) -> None:
         cached = load.blocks_evictable

@@ -15,6 +15,7 @@ import msgspec
 
 from cluster.load import ReplicaLoad
 from serving import metrics
+from serving.background import Background
 from serving.config import RoutingConfig
 from serving.dispatcher import Answers, Dispatcher, DispatcherLimits
 from serving.logs import configure as configure_logs
@@ -49,7 +50,8 @@ class Router:
         self._answers: Outbox[RouteReply] = Outbox()
         application = application_name()
         self._replicas = [PinnedHandle(deployment, application) for deployment in setup.deployments]
-        self._ticker = asyncio.create_task(self._tick())
+        self._background = Background()
+        self._background.start(self._tick(), "tick")
 
     async def pick(self, payload: bytes) -> bytes:
         """A list of RouteRequest; one reply each, at once."""
@@ -63,7 +65,7 @@ class Router:
         """A list of DispatchUpdate: what became of earlier Routes."""
         now = time.time()
         for update in decode(payload, list[DispatchUpdate]):
-            if update.outcome == "lost":
+            if update.outcome == "lost" and not update.request_id:  # a broken stream, not one request
                 self._dispatcher.replica_lost(update.replica_id, now)
             self._publish(self._dispatcher.update(update, now))
 
@@ -75,7 +77,6 @@ class Router:
 
     async def routes(self, ingress_id: str) -> AsyncIterator[bytes]:
         """Answers to this Ingress's queued requests, for as long as it listens."""
-        yield encode([])
         try:
             async for batch in self._answers.consume(ingress_id):
                 yield encode(batch)
@@ -86,6 +87,9 @@ class Router:
     async def status(self) -> bytes:
         """Replicas, headroom and what waits: an encoded `RouterStatus`."""
         return encode(self._dispatcher.status(time.time()))
+
+    async def check_health(self) -> None:
+        self._background.check()
 
     async def _tick(self) -> None:
         while True:

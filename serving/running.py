@@ -23,6 +23,7 @@ class Running:
     dashboard: str
     model: str
     ray_address: str
+    ready: bool = False  # it serves; before that, it is starting
 
     @classmethod
     def here(cls, *, endpoint: str, dashboard: str, model: str, ray_address: str) -> Running:
@@ -68,7 +69,7 @@ def find() -> Running | None:
 
 
 def require() -> Running:
-    """The cluster that is running; raises ConfigError when there is none."""
+    """The cluster that is running, or starting; raises ConfigError when there is none."""
     running = find()
     if running is None:
         raise ConfigError("no cluster of `searoom up` is running here; start one with: searoom up")

@@ -112,12 +112,16 @@ class Outbox(Generic[Item]):
             stream.close()
 
     async def consume(self, consumer_id: str) -> AsyncIterator[list[Item]]:
-        """Batches for this consumer until its stream is closed. The caller sees the end in `finally`."""
+        """Batches for this consumer until its stream is closed. The first is empty: it is attached now.
+
+        The caller sees the end in `finally`.
+        """
         if older := self._attached.pop(consumer_id, None):
             older.close()
             self._streams[consumer_id] = Stream()
         stream = self._attached[consumer_id] = self._stream(consumer_id)
         try:
+            yield []
             async for batch in stream.batches():
                 yield batch
         finally:

@@ -13,15 +13,17 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
 import psutil
 import ray
 from ray import serve
+from ray.exceptions import RaySystemError
 from ray.serve.config import HTTPOptions
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
@@ -34,10 +36,11 @@ from serving.auth import digest_of, load_key
 from serving.config import SearoomConfig, parse_config, read_config
 from serving.deploy import APPLICATION, quiet_serve, wait_until_running
 from serving.errors import ConfigError
-from serving.ray_compat import start_application
+from serving.ray_compat import running_http_port, start_application
 
 HOST = "127.0.0.1"
-KV_BYTES_PER_VALUE = 2
+KEY_VARIABLE = "SEAROOM_API_KEY"
+READY_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -66,36 +69,39 @@ def run_up(options: UpOptions, console: Console) -> None:
             f"a cluster is already running here (process {already.pid}, {already.endpoint}); "
             "take it down first with: searoom down"
         )
-    _require_free_port(options.port, "--port")
+    if options.address is None:
+        _require_free_port(options.port, "--port")
+        _require_free_port(options.dashboard_port, "--dashboard-port")
     key = options.api_key or load_key()
+    os.environ.pop(KEY_VARIABLE, None)  # or every process of Ray would inherit the key
     config = merge(options, digest_of(key))
     _fetch_model(config.model.source, console)
     plan = make_plan(config)
     _require_memory(plan)
-    stop = _stop_event()
-    with _ray_cluster(options, config, console) as (ray_address, dashboard):
+    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C does: whatever is under way is left and undone
+    with ExitStack() as undo, suppress(KeyboardInterrupt):
+        undo.callback(console.print, "down")
+        cluster = undo.enter_context(_ray_cluster(options, config, console))
+        facts = running.Running.here(
+            endpoint=f"http://{HOST}:{_start_serve(options, console)}",
+            dashboard=cluster.dashboard,
+            model=plan.model_name,
+            ray_address=cluster.address,
+        )
+        running.save(facts)
+        undo.callback(running.forget)
+        if options.address is not None:  # a cluster of our own goes as a whole
+            undo.callback(serve.delete, APPLICATION, _blocking=False)
+        start_application(compose(plan), APPLICATION, "/")
+        wait_until_running(console)
+        with _stage(console, "endpoint", "waiting for the endpoint"):
+            _wait_ready(facts.endpoint)
+        running.save(replace(facts, ready=True))
+        _print_how_to_use(console, facts, key)
         try:
-            with _stage(console, "Serve", "starting Serve"):
-                serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=HOST, port=options.port))
-            start_application(compose(plan), APPLICATION, "/")
-            wait_until_running(console, stop)
-            if stop.is_set():
-                return
-            endpoint = f"http://{HOST}:{options.port}"
-            with _stage(console, "endpoint", "waiting for the endpoint"):
-                _wait_ready(endpoint, stop)
-            running.save(
-                running.Running.here(
-                    endpoint=endpoint, dashboard=dashboard, model=plan.model_name, ray_address=ray_address
-                )
-            )
-            _print_how_to_use(console, endpoint, dashboard, plan.model_name, key)
-            stop.wait()
+            threading.Event().wait()
         finally:
-            running.forget()
             console.print("taking it down ...")
-            if options.address is not None:  # a cluster of our own goes as a whole
-                serve.delete(APPLICATION, _blocking=False)
 
 
 def merge(options: UpOptions, key_digest: str) -> SearoomConfig:
@@ -131,23 +137,30 @@ def _set(args: dict[str, Any], section: str, **values: Any) -> None:
         args[section] = {**args.get(section, {}), **given}
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The Ray cluster this process is part of."""
+
+    address: str
+    dashboard: str
+
+
 @contextmanager
-def _ray_cluster(options: UpOptions, config: SearoomConfig, console: Console) -> Iterator[tuple[str, str]]:
-    """(Ray address, dashboard URL): joined with --address, else started here and ended at exit."""
+def _ray_cluster(options: UpOptions, config: SearoomConfig, console: Console) -> Iterator[Joined]:
+    """Joined with --address, else started here and ended at exit."""
     if options.address is not None:
         with _stage(console, "Ray", f"joining {options.address}"):
             try:
                 context = _join(options.address)
-            except (ConnectionError, RuntimeError) as error:
+            except (ConnectionError, RuntimeError, RaySystemError) as error:
                 raise ConfigError(
                     f"--address: no Ray cluster answers at {options.address}: {error}"
                 ) from error
         try:
-            yield options.address, f"http://{context.dashboard_url}"
+            yield Joined(options.address, f"http://{context.dashboard_url}")
         finally:
             ray.shutdown()
         return
-    _require_free_port(options.dashboard_port, "--dashboard-port")
     labels = [{REGION_LABEL: region.name} if config.pin_regions else {} for region in config.regions]
     home = [region.name for region in config.regions].index(config.home)
     labels.insert(0, labels.pop(home))  # the head node, and with it the HTTP proxy, stands at home
@@ -158,7 +171,7 @@ def _ray_cluster(options: UpOptions, config: SearoomConfig, console: Console) ->
         with _stage(console, "Ray", f"starting Ray ({len(labels)} node{'s' * (len(labels) > 1)})"):
             cluster.start()
             _join(cluster.address)
-        yield cluster.address, cluster.dashboard_url
+        yield Joined(cluster.address, cluster.dashboard_url)
     except ClusterStartError as error:
         raise ConfigError(str(error)) from error
     finally:
@@ -202,7 +215,8 @@ def _require_memory(plan: Plan) -> None:
     if engine.kv_blocks is None or engine.device != "cpu":
         return
     replicas = sum(region.replicas for region in plan.config.regions)
-    bytes_per_block = plan.spec.kv_bytes_per_token(KV_BYTES_PER_VALUE) * engine.block_tokens
+    value_bytes = 4 if plan.config.dtype == "float32" else 2
+    bytes_per_block = plan.spec.kv_bytes_per_token(value_bytes) * engine.block_tokens
     needed = engine.kv_blocks * bytes_per_block * replicas
     free = psutil.virtual_memory().available
     if needed > free:
@@ -212,21 +226,34 @@ def _require_memory(plan: Plan) -> None:
         )
 
 
-def _stop_event() -> threading.Event:
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    return stop
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
-def _wait_ready(endpoint: str, stop: threading.Event) -> None:
-    while not stop.is_set():
-        try:
+def _start_serve(options: UpOptions, console: Console) -> int:
+    """Start Serve, or find it running on the joined cluster; returns its HTTP port."""
+    with _stage(console, "Serve", "starting Serve"):
+        if options.address is not None:
+            port = running_http_port()
+            if APPLICATION in (serve.status().applications if port is not None else ()):
+                raise ConfigError(
+                    f"--address: the cluster runs an application {APPLICATION!r} already; "
+                    f"remove it first, or deploy over it with: python -m serving deploy"
+                )
+            if port is not None:
+                return port
+        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=HOST, port=options.port))
+        return options.port
+
+
+def _wait_ready(endpoint: str) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        with suppress(httpx.TransportError):  # the proxy is still learning its routes
             if httpx.get(f"{endpoint}/ready", timeout=5.0).status_code == 200:
                 return
-        except httpx.TransportError:
-            pass  # the proxy is still learning its routes
-        stop.wait(0.1)
+        time.sleep(0.1)
+    raise ConfigError(f"{endpoint}/ready did not answer within {READY_TIMEOUT_S:.0f} s; see Ray's logs")
 
 
 @contextmanager
@@ -241,13 +268,14 @@ def _done(console: Console, name: str, what: str, started: float) -> None:
     console.print(f"[green]✓[/] {name:<10} {what:<40} {time.monotonic() - started:5.1f} s", highlight=False)
 
 
-def _print_how_to_use(console: Console, endpoint: str, dashboard: str, model: str, key: str) -> None:
+def _print_how_to_use(console: Console, facts: running.Running, key: str) -> None:
+    endpoint, model = facts.endpoint, facts.model
     messages = '[{"role": "user", "content": "What is the capital of France?"}]'
     body = f'{{"model": "{model}", "messages": {messages}}}'
     lines = f"""
 endpoint   {endpoint}/v1
 API key    {key}
-dashboard  {dashboard}
+dashboard  {facts.dashboard}
 
 curl {endpoint}/v1/chat/completions -H "Authorization: Bearer {key}" \\
   -H "Content-Type: application/json" -d '{body}'

@@ -31,7 +31,8 @@ ROOMS = {
     ENGINE: {"engine"},
     MODELS: {"models"},
     FOUNDATION: {
-        "auth", "block_hash", "chat_template", "config", "detokenizer", "embedded_model", "errors",
+        "auth", "background", "block_hash",
+        "chat_template", "config", "detokenizer", "embedded_model", "errors",
         "gguf_files", "gguf_tokenizer", "logs", "messages", "metrics", "model_files", "model_spec",
         "openai_api", "openai_fields", "openai_frames", "ray_compat", "safetensors_files", "tokenizer",
         "tracing", "transport",

@@ -190,10 +190,8 @@ class Engine:
         )
 
     def _next_step_ms(self, report: ReplicaLoad) -> float:
-        """Prediction for the fullest step that could come next; 0 when nothing is live."""
-        if report.num_running + report.num_waiting == 0:
-            return 0.0
-        tokens = min(report.max_step_tokens, report.num_running + report.prefill_backlog_tokens)
+        """Prediction for the fullest step there can be: what comes next may be submitted meanwhile."""
+        tokens = report.max_step_tokens
         return self._step_time.predict_ms(tokens, report.decode_kv_tokens + tokens)
 
     def _observe(

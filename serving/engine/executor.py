@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.model_spec import ModelSpec
 
-DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DTypeName = Literal["float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +21,12 @@ class ExecutorOptions:
 
     `kv_blocks` sets the pool's size; without it the pool takes measured free memory, at most
     `kv_memory_bytes` a rank (None: 1 GiB on CPU, no limit on CUDA). `rendezvous` is rank 0's
-    "host:port", needed when `world_size` > 1. `dtype` "auto" is bfloat16 on CUDA, float32 on CPU.
+    "host:port", needed when `world_size` > 1.
     """
 
     weights: tuple[Path, ...]
     spec: ModelSpec
-    dtype: DTypeName = "auto"
+    dtype: DTypeName = "float32"
     device: Literal["cpu", "cuda"] = "cpu"
     block_tokens: int = 16
     kv_blocks: int | None = None

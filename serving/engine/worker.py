@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from serving.engine.executor import DTypeName, ExecutorOptions
+from serving.engine.executor import ExecutorOptions
 from serving.engine.model_runner import ModelRunner, allocate_kv_cache
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.engine.sampler import sample
@@ -53,7 +53,7 @@ class Worker:
         torch.set_num_threads(options.num_threads)
         self._rank, self._world_size = options.rank, options.world_size
         self._device = torch.device(options.device)
-        dtype = _resolve_dtype(options.dtype, self._device)
+        dtype = _DTYPES[options.dtype]
         self.kv_dtype = str(dtype).removeprefix("torch.")
         self._tensor_group = _join(options) if options.world_size > 1 else None
         shard = Shard(options.rank, options.world_size, self._all_reduce)
@@ -192,12 +192,3 @@ def _join(options: ExecutorOptions) -> dist.ProcessGroup | None:
     if options.device == "cuda":
         return dist.new_group(backend="nccl", timeout=_GROUP_TIMEOUT)
     return dist.group.WORLD
-
-
-def _resolve_dtype(name: DTypeName, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 on CUDA. On CPU it is float32: the embedded model's best tokens are often
-    closer than bfloat16 can tell apart, and a default must not change answers.
-    """
-    if name != "auto":
-        return _DTYPES[name]
-    return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -89,7 +89,7 @@ def start(folder: Path, *args: str) -> Up:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=environment(state))
     running = state / "searoom" / "running.json"
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not running.exists():
+    while not (running.exists() and json.loads(running.read_text())["ready"]):
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             pytest.fail(f"searoom up {' '.join(args)} did not start:\n{log.read_text()}")

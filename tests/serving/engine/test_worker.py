@@ -129,10 +129,10 @@ def test_what_cannot_be_is_a_config_error(tiny, changes, message):
         Worker(replace(tiny, **changes))
 
 
-def test_auto_is_a_dtype_the_machine_multiplies(tiny):
-    """ "auto" resolves to bfloat16 or float32, and the model runs in it."""
-    worker = Worker(replace(tiny, dtype="auto"))
-    assert worker.kv_dtype in ("bfloat16", "float32")
+def test_the_model_runs_in_bfloat16(tiny):
+    """The weights, the cache and the steps are in the dtype that was asked for."""
+    worker = Worker(replace(tiny, dtype="bfloat16"))
+    assert worker.kv_dtype == "bfloat16"
     assert len(generate(worker, PROMPTS[:2], 2, BLOCK_TOKENS)[1]) == 2
 
 
