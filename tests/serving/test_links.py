@@ -129,13 +129,16 @@ async def test_a_broken_connection_to_a_living_replica_is_made_again():
         assert isinstance(await fleet.links.get("a").submit(a_submit()), Accepted)
 
 
-async def test_a_submit_waits_for_the_stream_and_a_death_ends_the_wait():
+@pytest.mark.parametrize("dies", [False, True])
+async def test_a_submit_waits_for_the_stream_and_a_death_ends_the_wait(dies):
     """Accepted without a stream, its first tokens would have nowhere to go."""
     a = FakeReplica("a")
     attach = asyncio.Event()
 
     async def slow_frames(ingress_id: str):
         await attach.wait()
+        if dies:
+            raise ReplicaGone("a")
         async for item in frames(ingress_id):
             yield item
 
@@ -148,8 +151,10 @@ async def test_a_submit_waits_for_the_stream_and_a_death_ends_the_wait():
     assert a.submits == []
     waiting[0].cancel()
     attach.set()
-    assert isinstance(await waiting[1], Accepted) and isinstance(await waiting[2], Accepted)
-    assert [submit.request_id for submit in a.submits] == ["q1", "q2"]
+    answers = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 3.0)
+    kinds = [type(answer) for answer in answers]
+    assert kinds == [asyncio.CancelledError, *[ReplicaGone if dies else Accepted] * 2]
+    assert [submit.request_id for submit in a.submits] == ([] if dies else ["q1", "q2"])
     links.close()
 
 
