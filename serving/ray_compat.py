@@ -180,6 +180,10 @@ def replica_id() -> str:
     return serve.get_replica_context().replica_id.unique_id
 
 
+def node_address() -> str:
+    return ray.util.get_node_ip_address()
+
+
 def application_name() -> str:
     return serve.get_replica_context().app_name
 

@@ -22,6 +22,7 @@ from cluster.load import ReplicaLoad
 from serving import metrics
 from serving.background import Background
 from serving.errors import ReplicaGone
+from serving.gpu_watch import watch_gpus
 from serving.load_reporter import LoadReporter
 from serving.logs import configure as configure_logs
 from serving.messages import (
@@ -35,7 +36,7 @@ from serving.messages import (
     encode,
 )
 from serving.rank_group import RankGroup, ReplicaSetup
-from serving.ray_compat import RayMeter, ServiceHandle, application_name, replica_id
+from serving.ray_compat import RayMeter, ServiceHandle, application_name, node_address, replica_id
 from serving.transport import DelayLine, Outbox
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ class ModelReplica:
         self._background.start(self._reporter.run(), "report")
         self._background.start(self._pump(), "pump")
         self._background.start(self._watch_for_hang(), "watch")
+        gpus = watch_gpus(RayMeter(metrics.GPU_SERIES), setup.region, node_address())
+        self._background.start(gpus, "gpus")
         logger.info("replica ready", extra={"blocks": self._group.ready[0].num_blocks})
 
     async def submit(self, ingress_id: str, payload: bytes) -> bytes:

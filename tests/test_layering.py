@@ -25,7 +25,7 @@ ROOMS = {
     COMPOSITION: {"__main__", "app", "cli", "chat", "deploy", "status", "up", "running", "bench"},
     DEPLOYMENT: {"ingress", "router", "replica"},
     PARTS: {
-        "completions", "dispatch_book", "dispatcher", "fleet", "gateway", "generation", "links",
+        "completions", "dispatch_book", "dispatcher", "fleet", "gateway", "generation", "gpu_watch", "links",
         "load_reporter", "rank", "rank_group", "request_log", "routing", "wait_queue",
     },
     ENGINE: {"engine"},

@@ -1,15 +1,42 @@
 """The clusters the end-to-end tests share; one at a time, because a laptop has few cores."""
 
 import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from clusters import start, stop
 
 
 @pytest.fixture(scope="module")
-def one_region(tmp_path_factory):
-    """The embedded default: one region, one replica; a pool small enough to be filled."""
-    up = start(tmp_path_factory.mktemp("one"), "--kv-blocks", "160", "--dtype", "float32")
+def otlp():
+    """An OTLP/HTTP receiver; its `bodies` are what has been exported."""
+    bodies: list[bytes] = []
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self):
+            bodies.append(self.rfile.read(int(self.headers["content-length"])))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            """Quiet."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.bodies = bodies
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def one_region(tmp_path_factory, otlp):
+    """The embedded default: one region, one replica; a pool small enough to be filled; traced."""
+    folder = tmp_path_factory.mktemp("one")
+    config = folder / "config.yaml"
+    url = f"http://127.0.0.1:{otlp.server_port}/v1/traces"
+    config.write_text(f"tracing: {{exporter: otlp, endpoint: '{url}'}}")
+    up = start(folder, "--kv-blocks", "160", "--config", str(config))
     yield up
     assert stop(up) == [], "processes are left after Ctrl-C"
 

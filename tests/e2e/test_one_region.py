@@ -3,13 +3,15 @@
 import asyncio
 import concurrent.futures
 import re
+import secrets
 import time
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from clusters import eventually
+from clusters import eventually, title
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 UNKNOWN_MODEL = b'{"model": "nope", "messages": [{"role": "user", "content": "x"}]}'
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
@@ -245,3 +247,39 @@ def test_logs_carry_request_ids_and_never_prompts_or_keys(one_region):
             if file.is_file():
                 text = file.read_text(errors="replace")
                 assert canary not in text and one_region.key not in text, file
+
+
+def test_a_request_is_one_trace_within_its_callers(one_region, otlp):
+    """Ingress, pick, queue, prefill and decode arrive as spans of the caller's trace, without the prompt."""
+    trace_id = secrets.token_hex(16)
+    parent = {"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"}
+    one_region.client().completions.create(
+        model=one_region.model, prompt="quokka", max_tokens=3, extra_headers=parent
+    )
+
+    def spans():
+        found = {}
+        for body in otlp.bodies:
+            for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
+                for scope in resource.scope_spans:
+                    found |= {span.name: span for span in scope.spans if span.trace_id.hex() == trace_id}
+        return found if len(found) >= 5 else None
+
+    found = eventually(spans, timeout_s=15)
+    assert set(found) == {"ingress", "pick", "queue", "prefill", "decode"}
+    assert all(found["ingress"].span_id == found[name].parent_span_id for name in set(found) - {"ingress"})
+    assert not any(b"quokka" in body for body in otlp.bodies)
+
+
+def test_no_deployment_does_tensor_work(one_region):
+    """Ingress, Router and ModelReplica have neither torch nor transformers in their processes; ranks do."""
+    deployments = one_region.processes("ray::ServeReplica")
+    assert len(deployments) == 3
+    for process in deployments:
+        assert "libtorch" not in mapped(process), title(process)
+    (rank,) = one_region.processes("ray::Rank")
+    assert "libtorch" in mapped(rank)
+
+
+def mapped(process):
+    return Path(f"/proc/{process.pid}/maps").read_text()

@@ -116,7 +116,6 @@ class FakeReplica:
             self.running.pop(request_id, None)
 
     async def frames(self, ingress_id: str) -> AsyncIterator[bytes]:
-        yield encode([])
         async for batch in self._outbox.consume(ingress_id):
             yield encode(batch)
 
@@ -228,13 +227,12 @@ class FakeRouter:
     async def update(self, payload: bytes) -> bytes:
         for update in decode(payload, list[DispatchUpdate]):
             self.updates.append(update)
-            if update.outcome == "lost":
+            if update.outcome == "lost" and not update.request_id:
                 self.dispatcher.replica_lost(update.replica_id, time.time())
             self._publish(self.dispatcher.update(update, time.time()))
         return b""
 
     async def routes(self, ingress_id: str) -> AsyncIterator[bytes]:
-        yield encode([])
         async for batch in self._answers.consume(ingress_id):
             yield encode(batch)
 

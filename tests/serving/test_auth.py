@@ -21,8 +21,18 @@ def ring() -> KeyRing:
 
 @pytest.mark.parametrize(
     "header",
-    [None, "", "Bearer", "Bearer ", KEY, f"Basic {KEY}", f"Bearer {KEY}x", f"Bearer {digest_of(KEY)}", "Bearer é"],
-)  # fmt: skip
+    [
+        None,
+        "",
+        "Bearer",
+        "Bearer ",
+        KEY,
+        f"Basic {KEY}",
+        f"Bearer {KEY}x",
+        f"Bearer {digest_of(KEY)}",
+        "Bearer é",
+    ],
+)
 def test_without_a_known_key_nobody_is_let_in(ring, header):
     """Missing, malformed, unknown, and a stolen digest: 401, and the key is not repeated."""
     with pytest.raises(InvalidApiKey) as refused:

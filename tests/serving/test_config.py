@@ -35,7 +35,7 @@ def written(folder: Path, text: str) -> Path:
 )
 def test_an_unknown_key_is_named_with_its_file_and_path(args, key):
     """Nothing misspelt is dropped in silence."""
-    with pytest.raises(ConfigError, match=f"my.yaml: unknown key '{key}'"):
+    with pytest.raises(ConfigError, match=f"^my.yaml: unknown key '{key}'"):
         parse_config(args, "my.yaml")
 
 
@@ -55,7 +55,7 @@ def test_an_unknown_key_is_named_with_its_file_and_path(args, key):
 )
 def test_what_cannot_be_is_said_with_its_key(args, said):
     """Wrong values and regions that contradict each other: the message holds the key, or the fix."""
-    with pytest.raises(ConfigError, match="my.yaml: ") as refused:
+    with pytest.raises(ConfigError, match=r"^my\.yaml: ") as refused:
         parse_config(args, "my.yaml")
     assert said in str(refused.value)
 

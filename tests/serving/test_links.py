@@ -196,17 +196,18 @@ async def test_a_pick_under_way_when_the_router_dies_fails_once_and_quietly():
     )
     a = FakeReplica("a")
     async with FakeFleet(a) as fleet:
-        fleet.router.gate.clear()
+        router = fleet.router
+        router.gate.clear()
         pick = asyncio.create_task(fleet.router_link.pick(a_route_request()))
-        await eventually(lambda: fleet.router.picks)
-        fleet.router.die()
+        await eventually(lambda: router.picks)
+        router.die()
         await asyncio.sleep(0.01)
-        fleet.router.gate.set()
+        router.gate.set()
         await asyncio.wait([pick])
         assert type(pick.exception()) is ReplicaGone
         del pick
-        fleet.router.start()
-        fleet.router.know(a)
+        router.start()
+        router.know(a)
         assert isinstance(await fleet.router_link.pick(a_route_request("again")), Route)
     await asyncio.sleep(0.01)
     del fleet

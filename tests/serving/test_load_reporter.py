@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from cluster.load import ReplicaLoad
 from serving import load_reporter
@@ -33,19 +35,30 @@ class Listener:
         return b""
 
 
+@asynccontextmanager
+async def reporting(
+    load: ReplicaLoad, listener: Listener, rtt_ms: float = 0.0
+) -> AsyncIterator[LoadReporter]:
+    reporter = LoadReporter(load, listener, DelayLine(rtt_ms))
+    running = asyncio.create_task(reporter.run())
+    try:
+        yield reporter
+    finally:
+        assert running.cancel(), "it ended by itself"
+
+
 async def test_a_burst_of_changes_is_one_report_of_the_last():
     """The first report leaves at once; of a hundred changes within the interval only the last is told."""
     listener = Listener()
-    reporter = LoadReporter(a_load(blocks_free=100), listener, DelayLine(0.0))
-    await eventually(lambda: listener.reports)
-    for free in range(99, -1, -1):
-        reporter.changed(a_load(blocks_free=free))
-    await eventually(lambda: len(listener.reports) == 2)
-    await asyncio.sleep(2 * BUSY_INTERVAL_S)
-    reporter.close()
-    assert [report.blocks_free for report in listener.reports] == [100, 0]
-    assert [report.sequence for report in listener.reports] == [1, 2]
-    assert listener.times[1] - listener.times[0] >= 0.9 * BUSY_INTERVAL_S
+    async with reporting(a_load(blocks_free=100), listener) as reporter:
+        await eventually(lambda: listener.reports)
+        for free in range(99, -1, -1):
+            reporter.changed(a_load(blocks_free=free))
+        await eventually(lambda: len(listener.reports) == 2)
+        await asyncio.sleep(2 * BUSY_INTERVAL_S)
+        assert [report.blocks_free for report in listener.reports] == [100, 0]
+        assert [report.sequence for report in listener.reports] == [1, 2]
+        assert listener.times[1] - listener.times[0] >= 0.9 * BUSY_INTERVAL_S
 
 
 async def test_an_idle_replica_says_that_it_lives(monkeypatch):
@@ -53,10 +66,9 @@ async def test_an_idle_replica_says_that_it_lives(monkeypatch):
     assert IDLE_INTERVAL_S < 3.0  # the Router doubts a replica after 3 s without a report
     monkeypatch.setattr(load_reporter, "IDLE_INTERVAL_S", 0.05)
     listener = Listener()
-    reporter = LoadReporter(a_load(), listener, DelayLine(0.0))
-    await eventually(lambda: len(listener.reports) >= 3)
-    reporter.close()
-    assert [report.sequence for report in listener.reports[:3]] == [1, 2, 3]
+    async with reporting(a_load(), listener):
+        await eventually(lambda: len(listener.reports) >= 3)
+        assert [report.sequence for report in listener.reports[:3]] == [1, 2, 3]
 
 
 async def test_a_router_that_is_away_gets_the_latest_load_when_it_is_back(monkeypatch):
@@ -64,23 +76,21 @@ async def test_a_router_that_is_away_gets_the_latest_load_when_it_is_back(monkey
     monkeypatch.setattr(load_reporter, "IDLE_INTERVAL_S", 0.1)
     listener = Listener()
     listener.away = True
-    reporter = LoadReporter(a_load(), listener, DelayLine(0.0))
-    await eventually(lambda: listener.num_calls)
-    for free in range(50):
-        reporter.changed(a_load(blocks_free=free))
-        await asyncio.sleep(0.002)
-    assert listener.num_calls <= 3
-    listener.away = False
-    await eventually(lambda: listener.reports)
-    reporter.close()
-    assert listener.reports[0].blocks_free == 49
+    async with reporting(a_load(), listener) as reporter:
+        await eventually(lambda: listener.num_calls)
+        for free in range(50):
+            reporter.changed(a_load(blocks_free=free))
+            await asyncio.sleep(0.002)
+        assert listener.num_calls <= 3
+        listener.away = False
+        await eventually(lambda: listener.reports)
+        assert listener.reports[0].blocks_free == 49
 
 
 async def test_a_pretend_round_trip_delays_a_report():
     """A far replica's load is as old as the way it came."""
     listener = Listener()
     started = time.monotonic()
-    reporter = LoadReporter(a_load(), listener, DelayLine(rtt_ms=100.0))
-    await eventually(lambda: listener.reports)
-    reporter.close()
-    assert listener.times[0] - started >= 0.05
+    async with reporting(a_load(), listener, rtt_ms=100.0):
+        await eventually(lambda: listener.reports)
+        assert listener.times[0] - started >= 0.05

@@ -29,6 +29,8 @@ def test_what_was_saved_is_found_until_it_is_forgotten(here):
     assert running.find() is None
     running.save(here)
     assert running.find() == running.require() == here
+    running.save(replace(here, ready=True))
+    assert running.require().ready
     running.forget()
     running.forget()
     with pytest.raises(ConfigError, match="searoom up"):
@@ -60,5 +62,5 @@ def test_a_file_that_is_cut_off_or_of_another_version_is_nothing(path, content):
 def test_the_file_holds_no_key(here, path):
     """What it holds is what `Running` lists, and nothing else is written beside it."""
     running.save(here)
-    assert set(asdict(here)) == {"pid", "started_s", "endpoint", "dashboard", "model", "ray_address"}
+    assert set(asdict(here)) == {"pid", "started_s", "endpoint", "dashboard", "model", "ray_address", "ready"}
     assert list(path.parent.iterdir()) == [path]
