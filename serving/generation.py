@@ -37,6 +37,8 @@ from serving.messages import (
     Submit,
 )
 
+ROUTER_RETRY_S = 0.1
+REPLICA_DIED = "the model replica that served this request died; send it again"
 MAX_LOST_REPLICAS = 2  # a request whose replicas keep dying may be what kills them
 
 
@@ -65,6 +67,8 @@ class Generation:
     route: Route | None = None
     times: GenerationTimes = field(default_factory=GenerationTimes)
     _link: ReplicaLink | None = None
+    _num_submits: int = 0
+    _num_lost: int = 0
     _is_routing: bool = False  # the Router may hold it, queued or routed, and no replica has taken it
 
     async def run(self) -> AsyncGenerator[SequenceDelta]:
@@ -74,18 +78,15 @@ class Generation:
         ReplicaLost or InternalError at any time.
         """
         try:
-            await self._place()
-            lost = 0
             while True:
+                await self._place()
                 async for delta in self._follow():
                     yield delta
                 if self.finish_reason is not None:
                     return
-                lost += 1
-                if self.output_tokens or lost >= MAX_LOST_REPLICAS:
-                    raise ReplicaLost("the model replica that served this request died; send it again")
+                if self.output_tokens:
+                    raise ReplicaLost(REPLICA_DIED)
                 self._lose_replica()
-                await self._place()
         finally:
             self._settle()
 
@@ -106,9 +107,12 @@ class Generation:
         except ReplicaGone:  # not seen here yet, or gone, which its link has told the Router
             self._without(route.replica_id)
             return
+        self._num_submits += 1
         try:
             reply = await link.submit(
-                msgspec.structs.replace(self.submit, reserve_blocks=route.reserve_blocks)
+                msgspec.structs.replace(
+                    self.submit, request_id=self._submit_id, reserve_blocks=route.reserve_blocks
+                )
             )
         except ReplicaGone:
             self._lose_replica(route)
@@ -118,7 +122,7 @@ class Generation:
             self.times.accepted_s = time.time()
             self._tell("accepted", submission=reply.submission)
             return
-        link.release(self.request.request_id, abort=False)
+        link.release(self._submit_id, abort=False)
         self._refused(route, reply)
 
     async def _pick(self) -> Route:
@@ -126,8 +130,9 @@ class Generation:
         while True:
             try:
                 reply = await self.router.pick(self.request)
-            except ReplicaGone:
-                continue  # a new Router is starting: pick waits until its stream is attached
+            except ReplicaGone:  # a new Router is starting: pick waits until its stream is attached
+                await asyncio.sleep(ROUTER_RETRY_S)
+                continue
             if isinstance(reply, Route):
                 return reply
             assert isinstance(reply, Overloaded)
@@ -143,29 +148,34 @@ class Generation:
         self._without(route.replica_id)
 
     def _lose_replica(self, route: Route | None = None) -> None:
+        """Give up on a replica. Raises ReplicaLost when another must not be tried."""
         gone = route or self.route
         assert gone is not None
+        self._num_lost += 1
         if self._link is not None:
-            self._link.release(self.request.request_id, abort=False)
+            self._link.release(self._submit_id, abort=False)
         self.route, self._link = None, None
         self.router.tell(
             DispatchUpdate(request_id=self.request.request_id, replica_id=gone.replica_id, outcome="lost")
         )
         self._without(gone.replica_id)
+        if self._num_lost >= MAX_LOST_REPLICAS:
+            raise ReplicaLost(REPLICA_DIED)
 
     def _without(self, replica_id: str) -> None:
-        refused = (*self.request.refused_replicas, replica_id)
-        self.request = msgspec.structs.replace(self.request, refused_replicas=refused)
+        refused = dict.fromkeys((*self.request.refused_replicas, replica_id))
+        self.request = msgspec.structs.replace(self.request, refused_replicas=tuple(refused))
 
     async def _follow(self) -> AsyncIterator[SequenceDelta]:
+        """The replica's news. Ends without a finish reason when the replica is lost."""
         assert self._link is not None
-        async for batch in self._link.deltas(self.request.request_id):
+        async for batch in self._link.deltas(self._submit_id, until_s=self.request.deadline_s):
             for delta in batch:
                 if delta.times is not None:
                     self.times.first_token_s = time.time()
                     self.times.sequence = delta.times
-                if delta.finish_reason == "lost":
-                    return  # as if the stream had broken: the replica says so before it does
+                if delta.finish_reason in ("lost", "abort"):
+                    return  # not by our wish: as if the stream had broken
                 if delta.finish_reason == "error":
                     raise self._failure(delta)
                 self.output_tokens += len(delta.token_ids)
@@ -173,6 +183,9 @@ class Generation:
                 yield delta
                 if self.finish_reason is not None:
                     return
+
+        if time.time() >= self.request.deadline_s:
+            raise DeadlineExceeded("the reply did not end within the request's deadline")
 
     def _failure(self, delta: SequenceDelta) -> ApiError:
         self.finish_reason = "error"
@@ -187,7 +200,13 @@ class Generation:
             return
         link, self._link = self._link, None
         self._tell("finished", output_tokens=self.output_tokens)
-        link.release(self.request.request_id, abort=self.finish_reason is None)
+        link.release(self._submit_id, abort=self.finish_reason is None)
+
+    @property
+    def _submit_id(self) -> str:
+        """Each attempt has an id of its own: an earlier one may linger on a replica thought dead."""
+        request_id, again = self.request.request_id, self._num_submits
+        return request_id if again <= 1 else f"{request_id}#{again}"
 
     def _tell(self, outcome: str, *, submission: int = 0, output_tokens: int = 0) -> None:
         assert self.route is not None

@@ -88,12 +88,16 @@ class Ingress:
             completions,
             GatewayLimits(setup.limits.max_body_bytes, spec.context_tokens),
             RequestLog(setup.model_name, RayMeter(metrics.INGRESS_SERIES), tracer),
-            is_ready=lambda: self._links.any_attached,
+            is_ready=lambda: self._links.any_attached and self._router_link.is_attached,
             fleet_status=self._fleet_status,
         )
 
     def __serve_build_asgi_app__(self) -> Gateway:
         return self._gateway
+
+    async def check_health(self) -> None:
+        self._links.background.check()
+        self._router_link.background.check()
 
     def _tell_lost(self, replica_id: str) -> None:
         """The stream to a replica broke: the Router learns of it before Serve does."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context
@@ -16,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from serving.background import Background
 from serving.errors import ReplicaGone
 from serving.messages import (
     Accepted,
@@ -98,16 +100,26 @@ class ReplicaLink:
         try:
             return await asyncio.shield(answer)
         except ReplicaGone:
-            self.release(submit.request_id, abort=False)
+            # Perhaps only the call failed, and the replica has accepted what nobody will read.
+            self.release(submit.request_id, abort=True)
             raise
         except asyncio.CancelledError:
             # Sent now, an abort could overtake the submit it undoes.
             answer.add_done_callback(lambda answered: self._undo(submit.request_id, answered))
             raise
 
-    def deltas(self, request_id: str) -> AsyncIterator[list[SequenceDelta]]:
-        """The news of an accepted request. Ends without a finish reason when the replica is gone."""
-        return self._inboxes[request_id].batches()
+    async def deltas(self, request_id: str, *, until_s: float) -> AsyncIterator[list[SequenceDelta]]:
+        """The news of an accepted request, until it is told to end.
+
+        Ends without a finish reason when the replica is gone, or the unix time `until_s` comes.
+        """
+        inbox = self._inboxes[request_id]
+        timer = asyncio.get_running_loop().call_later(until_s - time.time(), inbox.close)
+        try:
+            async for batch in inbox.batches():
+                yield batch
+        finally:
+            timer.cancel()
 
     def release(self, request_id: str, *, abort: bool) -> None:
         """Forget a request; with `abort`, tell the replica to end it too.
@@ -120,6 +132,11 @@ class ReplicaLink:
             self._aborting.add(task)
             task.add_done_callback(self._aborting.discard)
         self._close_if_idle()
+
+    @property
+    def is_attached(self) -> bool:
+        """The stream of frames is open both ways."""
+        return self._attached.is_set() and not self.gone.is_set()
 
     def leave(self) -> None:
         """The replica has left the running set: no new work; the stream closes after the last request."""
@@ -184,7 +201,8 @@ class ReplicaLinks:
         self._ingress_id = ingress_id
         self._on_lost = on_lost
         self._links: dict[str, ReplicaLink] = {}
-        self._keeper = asyncio.create_task(self._keep())
+        self.background = Background()
+        self.background.start(self._keep(), "membership")
 
     def get(self, replica_id: str) -> ReplicaLink:
         """The link to a running replica; raises ReplicaGone where there is none."""
@@ -195,10 +213,10 @@ class ReplicaLinks:
 
     @property
     def any_attached(self) -> bool:
-        return any(not link.gone.is_set() for link in self._links.values())
+        return any(link.is_attached for link in self._links.values())
 
     def close(self) -> None:
-        self._keeper.cancel()
+        self.background.close()
         for link in self._links.values():
             link.close()
 
@@ -233,7 +251,9 @@ class RouterLink:
         self._updates: Coalescer[DispatchUpdate, None] = Coalescer(_nobodys(self._update))
         self._queued: dict[str, asyncio.Future[RouteReply | None]] = {}  # None: the Router died
         self._attached = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = {asyncio.create_task(self._receive())}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.background = Background()
+        self.background.start(self._receive(), "routes")
 
     async def pick(self, request: RouteRequest) -> RouteReply:
         """A Route or Overloaded, after waiting in the Router's queue if need be.
@@ -264,7 +284,12 @@ class RouterLink:
         """
         self._soon(self._picks, msgspec.structs.replace(request, deadline_s=0.0))
 
+    @property
+    def is_attached(self) -> bool:
+        return self._attached.is_set()
+
     def close(self) -> None:
+        self.background.close()
         for task in self._tasks:
             task.cancel()
 

@@ -263,6 +263,7 @@ async def test_errors_before_the_first_token_have_their_own_status(door, stream)
     door.replica.gate.clear()
     assert_envelope(await door.http.post(CHAT, json=wanted), 504, "deadline_exceeded")
     door.replica.gate.set()
+    await eventually(lambda: door.replica.aborts)
     door.replica.refuse(permanent=True)
     assert_envelope(await door.http.post(CHAT, json=wanted), 400, "context_length_exceeded")
     assert door.requests("deadline_exceeded", "none") == door.requests("context_length_exceeded", "none") == 1
@@ -313,14 +314,12 @@ async def test_a_client_that_leaves_in_mid_stream_is_not_computed_for(door, way)
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_client_that_leaves_before_the_first_token_is_not_computed_for(door, stream):
-    """Also while it waits for its turn, and also when nothing was sent yet."""
+    """The request ends on the replica and in the Router's books; nothing was sent, and it is counted."""
     exchange = Exchange(door.app, CHAT, ASKED | {"stream": stream})
     await eventually(lambda: door.replica.running)
     exchange.task.cancel()
     await asyncio.wait([exchange.task])
     await eventually(lambda: not door.replica.running and door.fleet.num_held == 0)
-    door.replica.blocks = 1
-    door.fleet.router.know(door.replica)
     assert exchange.sent == [] and door.requests("abort") == 1
 
 

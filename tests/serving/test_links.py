@@ -60,7 +60,7 @@ async def test_a_replica_that_leaves_gets_no_new_work_and_keeps_its_stream_to_th
                 link.release(f"probe-{n}", abort=False)
                 await asyncio.sleep(0.01)
         a.say("q", 5)
-        news = link.deltas("q")
+        news = link.deltas("q", until_s=time.time() + 60)
         assert (await anext(news))[0].token_ids == (5,)
         assert a.is_streaming
         link.release("q", abort=False)
@@ -104,7 +104,7 @@ async def test_a_death_ends_the_news_and_is_told_once():
         link = fleet.links.get("a")
         await link.submit(a_submit())
         a.say("q", 5)
-        news = link.deltas("q")
+        news = link.deltas("q", until_s=time.time() + 60)
         assert (await anext(news))[0].token_ids == (5,)
         a.die()
         assert [batch async for batch in news] == []
