@@ -222,6 +222,7 @@ class LocalCluster:
             "TMPDIR": str(self._folder),  # what the killed leave behind goes with the folder
             "RAY_TMPDIR": str(self._folder),  # else drivers of other clusters would find this one
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "RAY_worker_niceness": "0",  # Ray's 15 is for batch work: whatever else runs would come first
         }
         return inherited | self.environment | ours
 

@@ -14,8 +14,9 @@ from serving.auth import Caller
 from serving.block_hash import hash_blocks, hash_root
 from serving.detokenizer import StreamDecoder
 from serving.generation import Generation
-from serving.links import ReplicaLinks, RouterLink
+from serving.links import ReplicaLinks
 from serving.messages import FinishReason, RouteRequest, SamplingParams, Submit
+from serving.router_link import RouterLink
 from serving.routing import growth_prior
 
 

@@ -21,7 +21,8 @@ DEFAULT_REGION = "local"
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A key given where a hash belongs must not come back in the error.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class ModelConfig(_Frozen):

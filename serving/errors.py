@@ -98,6 +98,10 @@ class MethodNotAllowed(ApiError):
     type = "invalid_request_error"
     code = "method_not_allowed"
 
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
+
 
 class BodyTooLarge(ApiError):
     status = 413

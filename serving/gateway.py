@@ -137,7 +137,7 @@ class Gateway:
         if route is None:
             raise NotFound(f"there is no route {path}")
         if request.method != route.method:
-            raise MethodNotAllowed(f"{path} takes {route.method}, not {request.method}")
+            raise MethodNotAllowed(f"{path} takes {route.method}, not {request.method}", allow=route.method)
         caller = self._keys.authenticate(request.headers.get("authorization")) if route.needs_key else None
         trace = self._log.begin(request.headers.get("traceparent"))
         return await route.handler(Call(request, request_id, caller, trace))
@@ -310,6 +310,8 @@ def _error_response(error: ApiError) -> Response:
     response = Response(openai_frames.error_body(error), status_code=error.status, media_type=JSON)
     if error.retry_after_s is not None:
         response.headers["retry-after"] = str(max(1, round(error.retry_after_s)))
+    if isinstance(error, MethodNotAllowed):
+        response.headers["allow"] = error.allow
     if error.status == 401:
         response.headers["www-authenticate"] = "Bearer"
     return response

@@ -23,7 +23,7 @@ from serving.errors import (
     ReplicaLost,
     ServerOverloaded,
 )
-from serving.links import ReplicaLink, ReplicaLinks, RouterLink
+from serving.links import ReplicaLink, ReplicaLinks
 from serving.messages import (
     Accepted,
     DispatchUpdate,
@@ -36,6 +36,7 @@ from serving.messages import (
     SequenceTimes,
     Submit,
 )
+from serving.router_link import RouterLink
 
 ROUTER_RETRY_S = 0.1
 REPLICA_DIED = "the model replica that served this request died; send it again"
@@ -153,7 +154,7 @@ class Generation:
         assert gone is not None
         self._num_lost += 1
         if self._link is not None:
-            self._link.release(self._submit_id, abort=False)
+            self._link.release(self._submit_id, abort=True)  # it may be alive after all
         self.route, self._link = None, None
         self.router.tell(
             DispatchUpdate(request_id=self.request.request_id, replica_id=gone.replica_id, outcome="lost")

@@ -16,15 +16,16 @@ from serving.auth import KeyRing
 from serving.completions import Completions, ModelIdentity
 from serving.config import IngressConfig, ModelConfig, TracingConfig
 from serving.dispatcher import RouterStatus
-from serving.errors import ServerOverloaded
+from serving.errors import ReplicaGone, ServerOverloaded
 from serving.gateway import Gateway, GatewayLimits
-from serving.links import ReplicaLinks, RouterLink
+from serving.links import ReplicaLinks
 from serving.logs import configure as configure_logs
 from serving.messages import DispatchUpdate, decode
 from serving.model_files import resolve
 from serving.model_spec import read_model_spec
 from serving.ray_compat import PinnedHandle, RayMeter, ServiceHandle, application_name, replica_id
 from serving.request_log import RequestLog
+from serving.router_link import RouterLink
 from serving.tokenizer import Tokenizer
 from serving.tracing import make_tracer
 from serving.transport import DelayLine
@@ -106,6 +107,6 @@ class Ingress:
     async def _fleet_status(self) -> bytes:
         try:
             status = await asyncio.wait_for(self._router.call("status"), 5.0)
-        except TimeoutError as late:
+        except (TimeoutError, ReplicaGone) as late:
             raise ServerOverloaded("the Router does not answer", retry_after_s=1.0) from late
         return msgspec.json.encode(decode(status, RouterStatus))

@@ -1,8 +1,7 @@
-"""Ingress's two kinds of neighbour: the Router, and every ModelReplica in Serve's running set.
+"""Ingress and every ModelReplica in Serve's running set.
 
 `ReplicaLink`  coalesced submits and aborts towards one replica, and its one stream of frames
 `ReplicaLinks` one link a running replica: made when it joins, closed after its last request when it leaves
-`RouterLink`   coalesced picks and updates, and the stream on which queued requests get their answer
 """
 
 from __future__ import annotations
@@ -10,21 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from contextvars import Context
-from typing import Any, Protocol, TypeVar
-
-import msgspec
+from typing import Protocol
 
 from serving.background import Background
 from serving.errors import ReplicaGone
 from serving.messages import (
     Accepted,
-    DispatchUpdate,
-    Queued,
-    RouteReply,
-    RouteRequest,
     SequenceDelta,
     StepFrame,
     Submit,
@@ -35,9 +27,6 @@ from serving.messages import (
 from serving.transport import Coalescer, DelayLine, Stream
 
 logger = logging.getLogger(__name__)
-
-Item = TypeVar("Item")
-Answer = TypeVar("Answer")
 
 MEMBERSHIP_INTERVAL_S = 0.1
 RECONNECT_S = 0.2
@@ -51,28 +40,6 @@ class Replicas(Protocol):
     def stream(self, replica_id: str, method: str, *args: object) -> AsyncIterator[bytes]: ...
 
 
-class Service(Protocol):
-    """A deployment as one; `ray_compat.ServiceHandle` is the real one."""
-
-    async def call(self, method: str, *args: object) -> bytes: ...
-    def stream(self, method: str, *args: object) -> AsyncIterator[bytes]: ...
-
-
-def _nobodys(
-    call: Callable[[list[Item]], Coroutine[Any, Any, list[Answer]]],
-) -> Callable[[list[Item]], asyncio.Task[list[Answer]]]:
-    """`call`, outside the context of whichever request came first.
-
-    Serve cancels every call made in a request's context when its client goes away, and a coalesced
-    call carries other clients' messages too.
-    """
-
-    def start(items: list[Item]) -> asyncio.Task[list[Answer]]:
-        return asyncio.create_task(call(items), context=Context())
-
-    return start
-
-
 class ReplicaLink:
     """The pair of this Ingress and one replica."""
 
@@ -82,8 +49,8 @@ class ReplicaLink:
         self._ingress_id = ingress_id
         self._line = line
         self._inboxes: dict[str, Stream[SequenceDelta]] = {}
-        self._submits: Coalescer[Submit, SubmitReply] = Coalescer(_nobodys(self._submit))
-        self._aborts: Coalescer[str, None] = Coalescer(_nobodys(self._abort))
+        self._submits: Coalescer[Submit, SubmitReply] = Coalescer(self._submit)
+        self._aborts: Coalescer[str, None] = Coalescer(self._abort)
         self._aborting: set[asyncio.Task[None]] = set()
         self._attached = asyncio.Event()  # or gone
         self._leaving = False
@@ -239,90 +206,3 @@ class ReplicaLinks:
                 elif replica_id not in running:
                     link.leave()
             await asyncio.sleep(MEMBERSHIP_INTERVAL_S)
-
-
-class RouterLink:
-    """The pair of this Ingress and the Router."""
-
-    def __init__(self, router: Service, ingress_id: str) -> None:
-        self._router = router
-        self._ingress_id = ingress_id
-        self._picks: Coalescer[RouteRequest, RouteReply] = Coalescer(_nobodys(self._pick))
-        self._updates: Coalescer[DispatchUpdate, None] = Coalescer(_nobodys(self._update))
-        self._queued: dict[str, asyncio.Future[RouteReply | None]] = {}  # None: the Router died
-        self._attached = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.background = Background()
-        self.background.start(self._receive(), "routes")
-
-    async def pick(self, request: RouteRequest) -> RouteReply:
-        """A Route or Overloaded, after waiting in the Router's queue if need be.
-
-        Raises ReplicaGone when the Router died: what it had queued must be asked for again.
-        """
-        await self._attached.wait()
-        answer: asyncio.Future[RouteReply | None] = asyncio.get_running_loop().create_future()
-        self._queued[request.request_id] = answer  # before the call: the stream may be the faster one
-        try:
-            reply = await self._picks.send(request)
-            final = await answer if isinstance(reply, Queued) else reply
-            if final is None:
-                raise ReplicaGone("Router")
-            return final
-        finally:
-            self._queued.pop(request.request_id, None)
-
-    def tell(self, update: DispatchUpdate) -> None:
-        """What became of a Route; nobody waits for it."""
-        self._soon(self._updates, update)
-
-    def withdraw(self, request: RouteRequest) -> None:
-        """Nobody waits for this request's Route any more; nobody waits for this either.
-
-        It is asked for once more, with its deadline over: the Router forgets it, queued or routed.
-        Going the way of `pick`, it cannot overtake it.
-        """
-        self._soon(self._picks, msgspec.structs.replace(request, deadline_s=0.0))
-
-    @property
-    def is_attached(self) -> bool:
-        return self._attached.is_set()
-
-    def close(self) -> None:
-        self.background.close()
-        for task in self._tasks:
-            task.cancel()
-
-    def _soon(self, messages: Coalescer[Item, Any], item: Item) -> None:
-        async def send() -> None:
-            # A new Router starts from the replicas' reports, and knows nothing of earlier requests.
-            with suppress(ReplicaGone):
-                await messages.send(item)
-
-        task = asyncio.create_task(send())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _pick(self, requests: list[RouteRequest]) -> list[RouteReply]:
-        return decode(await self._router.call("pick", encode(requests)), list[RouteReply])
-
-    async def _update(self, updates: list[DispatchUpdate]) -> list[None]:
-        await self._router.call("update", encode(updates))
-        return [None] * len(updates)
-
-    async def _receive(self) -> None:
-        while True:
-            try:
-                async for payload in self._router.stream("routes", self._ingress_id):
-                    self._attached.set()
-                    for reply in decode(payload, list[RouteReply]):
-                        answer = self._queued.get(reply.request_id)
-                        if answer is not None and not answer.done():
-                            answer.set_result(reply)
-            except ReplicaGone:
-                logger.warning("the Router's stream ended; connecting again")
-            self._attached.clear()
-            for answer in self._queued.values():
-                if not answer.done():
-                    answer.set_result(None)
-            await asyncio.sleep(RECONNECT_S)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextvars import Context
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -37,7 +38,9 @@ class Coalescer(Generic[Item, Reply]):
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._pump is None:
-            self._pump = asyncio.create_task(self._run())
+            # In no request's context: Serve cancels every call made in the context of a request whose
+            # client goes away, and a coalesced call carries other clients' messages too.
+            self._pump = asyncio.create_task(self._run(), context=Context())
         return await future
 
     async def _run(self) -> None:

@@ -26,7 +26,8 @@ ROOMS = {
     DEPLOYMENT: {"ingress", "router", "replica"},
     PARTS: {
         "completions", "dispatch_book", "dispatcher", "fleet", "gateway", "generation", "gpu_watch", "links",
-        "load_reporter", "rank", "rank_group", "request_log", "routing", "wait_queue",
+        "load_reporter", "rank", "rank_group", "request_log",
+        "router_link", "routing", "wait_queue",
     },
     ENGINE: {"engine"},
     MODELS: {"models"},

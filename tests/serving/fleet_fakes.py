@@ -13,7 +13,7 @@ from cluster.load import ReplicaLoad
 from serving.completions import Completions, ModelIdentity
 from serving.dispatcher import Answers, Dispatcher, DispatcherLimits
 from serving.errors import ReplicaGone
-from serving.links import ReplicaLinks, RouterLink
+from serving.links import ReplicaLinks
 from serving.messages import (
     Accepted,
     DispatchUpdate,
@@ -29,6 +29,7 @@ from serving.messages import (
     decode,
     encode,
 )
+from serving.router_link import RouterLink
 from serving.transport import DelayLine, Outbox
 from tests.serving.routing_cases import BLOCK_TOKENS, a_load
 

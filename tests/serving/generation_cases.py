@@ -1,7 +1,7 @@
 """Generations that tests start from, and replicas that answer them."""
 
 from serving.auth import Caller
-from serving.completions import Completions
+from serving.completions import Completions, Reply
 from serving.detokenizer import StreamDecoder, TokenBytes
 from serving.generation import Generation
 from serving.messages import SamplingParams, SequenceDelta, Submit
@@ -10,14 +10,17 @@ from tests.serving.fleet_fakes import FakeReplica
 NO_SPELLING = TokenBytes((), strips_first_space=False)
 
 
-def generation_of(
+def reply_of(
     completions: Completions, request_id: str = "q", prompt_tokens: int = 160, max_tokens: int = 64
-) -> Generation:
-    """A generation that wants (160 + 64) / 16 = 14 blocks."""
-    caller = Caller(tenant_key="t", key_id="k")
+) -> Reply:
+    """A reply whose request wants (160 + 64) / 16 = 14 blocks."""
+    caller = Caller(tenant_key="a-tenant", key_id="k")
     sampling = SamplingParams(max_tokens=max_tokens)
-    decoder = StreamDecoder(NO_SPELLING)
-    return completions.start(request_id, caller, [1] * prompt_tokens, sampling, decoder).generation
+    return completions.start(request_id, caller, [1] * prompt_tokens, sampling, StreamDecoder(NO_SPELLING))
+
+
+def generation_of(completions: Completions, request_id: str = "q", **sizes: int) -> Generation:
+    return reply_of(completions, request_id, **sizes).generation
 
 
 async def tokens_of(generation: Generation) -> list[int]:

@@ -3,31 +3,27 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
-from serving import metrics
-from serving.auth import KeyRing, digest_of
 from serving.dispatcher import DispatcherLimits
 from serving.errors import ServerOverloaded
-from serving.gateway import Gateway, GatewayLimits
-from serving.messages import SequenceDelta, Submit
-from serving.metrics import MemoryMeter
 from serving.model_files import ModelFiles
-from serving.model_spec import read_model_spec
-from serving.request_log import RequestLog
 from serving.tokenizer import Tokenizer
-from serving.tracing import NoTracer
-from tests.serving.fleet_fakes import FakeFleet, FakeReplica, eventually
-
-KEY = "sk-test"
-HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
-TEXT = "The capital is Paris."
-CHAT = "/v1/chat/completions"
-ASKED = {"model": "m", "messages": [{"role": "user", "content": "Capital?"}], "max_tokens": 16}
-MAX_BODY_BYTES = 4096
+from tests.serving.fleet_fakes import eventually
+from tests.serving.gateway_door import (
+    ASKED,
+    CHAT,
+    KEY,
+    MAX_BODY_BYTES,
+    OTHER_KEY,
+    TEXT,
+    Door,
+    Exchange,
+    open_door,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,99 +31,10 @@ def tokenizer(embedded_model: ModelFiles) -> Tokenizer:
     return Tokenizer(embedded_model)
 
 
-class Door:
-    """A gateway before one replica, and what lies behind it for a test to turn."""
-
-    def __init__(self, files: ModelFiles, tokenizer: Tokenizer, fleet: FakeFleet, timeout_s: float) -> None:
-        spec = read_model_spec(files.folder)
-        self.fleet = fleet
-        self.replica = fleet.replicas.all["a"]
-        self.answer = tokenizer.encode(TEXT, add_special=False)
-        self.meter = MemoryMeter()
-        self.is_ready = True
-        self.status_error: Exception | None = None
-        self.app = Gateway(
-            "m",
-            tokenizer,
-            spec,
-            KeyRing((digest_of(KEY),)),
-            fleet.completions(timeout_s),
-            GatewayLimits(MAX_BODY_BYTES, spec.context_tokens),
-            RequestLog("m", self.meter, NoTracer()),
-            is_ready=lambda: self.is_ready,
-            fleet_status=self._status,
-        )
-        self.http = httpx.AsyncClient(
-            transport=httpx.ASGITransport(self.app), base_url="http://door", headers=HEADERS
-        )
-
-    async def _status(self) -> bytes:
-        if self.status_error is not None:
-            raise self.status_error
-        return b"{}"
-
-    def answer_all(self) -> None:
-        """The replica answers every request with TEXT, a token a step."""
-        self.replica.script = self._script
-
-    def requests(self, outcome: str, region: str = "us-east") -> float:
-        return self.meter.value(metrics.REQUESTS, model="m", region=region, outcome=outcome)
-
-    def _script(self, submit: Submit) -> Iterable[SequenceDelta]:
-        request_id = submit.request_id
-        tokens = [SequenceDelta(request_id=request_id, token_ids=(token,)) for token in self.answer]
-        return [*tokens, SequenceDelta(request_id=request_id, finish_reason="stop")]
-
-
 @pytest.fixture
 async def door(embedded_model: ModelFiles, tokenizer: Tokenizer) -> AsyncIterator[Door]:
-    async with FakeFleet(FakeReplica("a", blocks=600)) as fleet:
-        door = Door(embedded_model, tokenizer, fleet, timeout_s=5.0)
-        async with door.http:
-            yield door
-
-
-class Exchange:
-    """One request driven as a server does, so that a test sees events as they come, and may leave."""
-
-    def __init__(self, app: Gateway, path: str, body: dict) -> None:
-        self.sent: list[dict] = []
-        self.is_client_gone = False
-        headers = [(name.lower().encode(), value.encode()) for name, value in HEADERS.items()]
-        scope = {
-            "type": "http",
-            "method": "POST",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "headers": headers,
-        }
-        self._body: list[dict] = [{"type": "http.request", "body": json.dumps(body).encode()}]
-        self.task = asyncio.create_task(app(scope, self._receive, self._send))
-
-    @property
-    def status(self) -> int:
-        return self.sent[0]["status"]
-
-    @property
-    def chunks(self) -> list[dict]:
-        """What was sent as events so far, without the last [DONE]."""
-        body = b"".join(message.get("body", b"") for message in self.sent)
-        lines = [line.removeprefix("data: ") for line in body.decode().split("\n\n") if line]
-        return [json.loads(line) for line in lines if line != "[DONE]"]
-
-    @property
-    def text(self) -> str:
-        deltas = [chunk["choices"][0]["delta"] for chunk in self.chunks if chunk.get("choices")]
-        return "".join(delta.get("content") or "" for delta in deltas)
-
-    async def _receive(self) -> dict:
-        return self._body.pop() if self._body else {"type": "http.disconnect"}
-
-    async def _send(self, message: dict) -> None:
-        if self.is_client_gone:
-            raise OSError("the connection is closed")
-        self.sent.append(message)
+    async with open_door(embedded_model, tokenizer) as door:
+        yield door
 
 
 def assert_envelope(reply: httpx.Response, status: int, code: str | None) -> None:
@@ -183,8 +90,7 @@ async def test_a_stop_string_ends_the_request_on_the_replica(door):
 async def test_tenants_have_different_hash_roots(door):
     """One tenant's cached prefix is not another's: the root of the chain depends on the key."""
     door.answer_all()
-    door.app._keys = KeyRing((digest_of(KEY), digest_of("sk-other")))
-    for key in (KEY, KEY, "sk-other"):
+    for key in (KEY, KEY, OTHER_KEY):
         await door.http.post(CHAT, json=ASKED, headers={"Authorization": f"Bearer {key}"})
     first, again, other = (submit.hash_root for submit in door.replica.submits)
     assert first == again != other
@@ -256,26 +162,30 @@ async def test_nothing_of_an_unexpected_exception_leaves_the_house(door, caplog)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_errors_before_the_first_token_have_their_own_status(door, stream):
+async def test_errors_before_the_first_token_have_their_own_status(embedded_model, tokenizer, stream):
     """Streamed or not: 504 at the deadline, 400 for what cannot fit; each is counted by its code."""
     wanted = ASKED | {"stream": stream}
-    door.app._completions = door.fleet.completions(timeout_s=0.05)
-    door.replica.gate.clear()
-    assert_envelope(await door.http.post(CHAT, json=wanted), 504, "deadline_exceeded")
-    door.replica.gate.set()
-    await eventually(lambda: door.replica.aborts)
-    door.replica.refuse(permanent=True)
-    assert_envelope(await door.http.post(CHAT, json=wanted), 400, "context_length_exceeded")
-    assert door.requests("deadline_exceeded", "none") == door.requests("context_length_exceeded", "none") == 1
+    async with open_door(embedded_model, tokenizer, timeout_s=0.1) as door:
+        door.replica.gate.clear()
+        assert_envelope(await door.http.post(CHAT, json=wanted), 504, "deadline_exceeded")
+        door.replica.gate.set()
+        await eventually(lambda: door.replica.aborts)
+        door.replica.refuse(permanent=True)
+        assert_envelope(await door.http.post(CHAT, json=wanted), 400, "context_length_exceeded")
+        for code in ("deadline_exceeded", "context_length_exceeded"):
+            assert door.requests(code, "none") == 1
 
 
-async def test_a_full_house_is_503_with_retry_after(door):
-    """The Router's prediction becomes the header."""
-    door.fleet.router._limits = DispatcherLimits(max_waiting_requests=0)
-    door.fleet.router.start()
-    reply = await door.http.post(CHAT, json=ASKED)
-    assert_envelope(reply, 503, "server_is_overloaded")
-    assert int(reply.headers["retry-after"]) >= 1
+async def test_a_full_house_is_503_with_retry_after(embedded_model, tokenizer):
+    """No room and no place to wait: the Router's prediction becomes the header."""
+    limits = DispatcherLimits(max_waiting_requests=0)
+    async with open_door(embedded_model, tokenizer, limits=limits) as door:
+        holder = Exchange(door.app, CHAT, ASKED | {"max_tokens": 256})
+        await eventually(lambda: door.replica.running)
+        reply = await door.http.post(CHAT, json=ASKED | {"max_tokens": 256})
+        assert_envelope(reply, 503, "server_is_overloaded")
+        assert int(reply.headers["retry-after"]) >= 1
+        holder.task.cancel()
 
 
 async def test_a_death_in_mid_answer_is_an_event_on_a_stream_and_502_otherwise(door):
@@ -307,7 +217,7 @@ async def test_a_client_that_leaves_in_mid_stream_is_not_computed_for(door, way)
     else:
         exchange.is_client_gone = True
         door.replica.say(request_id, door.answer[1])
-    await asyncio.wait([exchange.task])
+    await asyncio.gather(exchange.task, return_exceptions=True)
     await eventually(lambda: door.replica.aborts == [request_id] and door.fleet.num_held == 0)
     assert door.requests("abort") == 1
 
@@ -318,7 +228,7 @@ async def test_a_client_that_leaves_before_the_first_token_is_not_computed_for(d
     exchange = Exchange(door.app, CHAT, ASKED | {"stream": stream})
     await eventually(lambda: door.replica.running)
     exchange.task.cancel()
-    await asyncio.wait([exchange.task])
+    await asyncio.gather(exchange.task, return_exceptions=True)
     await eventually(lambda: not door.replica.running and door.fleet.num_held == 0)
     assert exchange.sent == [] and door.requests("abort") == 1
 
@@ -330,7 +240,7 @@ async def test_a_client_that_leaves_as_the_headers_are_written_is_not_computed_f
     (request_id,) = door.replica.running
     exchange.is_client_gone = True
     door.replica.say(request_id, door.answer[0])
-    await asyncio.wait([exchange.task])
+    await asyncio.gather(exchange.task, return_exceptions=True)
     await eventually(lambda: door.replica.aborts == [request_id] and door.requests("abort") == 1)
 
 

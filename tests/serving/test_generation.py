@@ -10,6 +10,7 @@ from serving.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     InternalError,
+    ReplicaGone,
     ReplicaLost,
     ServerOverloaded,
 )
@@ -84,7 +85,7 @@ async def test_a_full_queue_is_overload_with_a_time_to_retry():
         await holder
 
 
-@pytest.mark.parametrize("stuck", ["in the queue", "at the replica", "without a router"])
+@pytest.mark.parametrize("stuck", ["in the queue", "at the replica", "without a router", "in mid-answer"])
 async def test_nobody_waits_longer_than_the_deadline(stuck):
     """Whoever does not answer, the client is told 504 in time, and nothing goes on behind its back."""
     a = a_replica("a", blocks=20)
@@ -93,8 +94,10 @@ async def test_nobody_waits_longer_than_the_deadline(stuck):
             a.refuse(1000)
         elif stuck == "at the replica":
             a.gate.clear()
-        else:
+        elif stuck == "without a router":
             fleet.router.die()
+        else:
+            a.script = lambda submit: say_three(submit)[:1]
         started = time.monotonic()
         with pytest.raises(DeadlineExceeded):
             await tokens_of(generation_of(fleet.completions(timeout_s=0.1)))
@@ -144,6 +147,37 @@ async def test_a_replica_says_that_it_is_dying_before_its_stream_breaks():
         a.publish(SequenceDelta(request_id="q", finish_reason="lost", error="rank 1 died"))
         assert await answer == [7, 8, 9]
         assert generation.route.replica_id == "b"
+
+
+async def test_each_attempt_has_an_id_of_its_own():
+    """A replica thought dead may have accepted: it is told to end that, and what it says is not read."""
+    a, b = FakeReplica("a"), FakeReplica("b")
+    submit_to_a = a.submit
+
+    async def accept_and_lose_the_answer(ingress_id: str, payload: bytes) -> bytes:
+        await submit_to_a(ingress_id, payload)
+        raise ReplicaGone("a")
+
+    a.submit = accept_and_lose_the_answer  # type: ignore[method-assign]
+    async with FakeFleet(a, b) as fleet:
+        answer = asyncio.create_task(tokens_of(generation_of(fleet.completions())))
+        await eventually(lambda: b.running)
+        ((first,), (second,)) = a.submits, b.submits
+        assert first.request_id != second.request_id
+        a.say(first.request_id, 66)
+        b.say(second.request_id, 7, finish="stop")
+        assert await answer == [7]
+        await eventually(lambda: a.aborts == [first.request_id] and fleet.num_held == 0)
+
+
+async def test_an_abort_nobody_here_asked_for_is_a_lost_replica():
+    """The replica let it go, whatever it thought of us: another one answers."""
+    a, b = FakeReplica("a"), a_replica("b")
+    async with FakeFleet(a, b) as fleet:
+        answer = asyncio.create_task(tokens_of(generation_of(fleet.completions())))
+        await eventually(lambda: a.running)
+        a.publish(SequenceDelta(request_id="q", finish_reason="abort"))
+        assert await answer == [7, 8, 9]
 
 
 async def test_after_the_first_token_a_death_ends_the_request():

@@ -116,6 +116,16 @@ async def test_a_death_ends_the_news_and_is_told_once():
         assert fleet.lost == ["a"]
 
 
+async def test_news_end_at_the_time_that_was_given():
+    """A reply that stalls is not waited for without end."""
+    a = FakeReplica("a")
+    async with FakeFleet(a) as fleet:
+        link = fleet.links.get("a")
+        await link.submit(a_submit())
+        news = link.deltas("q", until_s=time.time() + 0.05)
+        assert [batch async for batch in news] == [] and not link.gone.is_set()
+
+
 async def test_a_broken_connection_to_a_living_replica_is_made_again():
     """It is taken for dead, said so, and linked again after a while if Serve still lists it."""
     a = FakeReplica("a")
