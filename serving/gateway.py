@@ -6,14 +6,12 @@ envelope: unknown routes, wrong methods and unparsable bodies too.
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -30,19 +28,26 @@ from serving.errors import (
     MethodNotAllowed,
     ModelNotFound,
     NotFound,
-    SearoomError,
     ServerOverloaded,
 )
 from serving.model_spec import ModelSpec
 from serving.openai_api import ChatRequest, CompletionRequest
-from serving.openai_frames import ChatStream, CompletionStream, Usage
+from serving.openai_frames import ChatStream, CompletionStream
 from serving.request_log import RequestLog
+from serving.responses import (
+    JSON,
+    EventStream,
+    answer_lifespan,
+    error_response,
+    events,
+    json_response,
+    usage_of,
+)
 from serving.tokenizer import Tokenizer
 from serving.tracing import RequestTrace
 
 logger = logging.getLogger(__name__)
 
-JSON = "application/json"
 MODEL_PATH = "/v1/models/"
 
 
@@ -112,7 +117,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await answer_lifespan(receive, send)
             return
         if scope["type"] == "websocket":
             await send({"type": "websocket.close"})
@@ -124,10 +129,10 @@ class Gateway:
         except ClientDisconnect:
             return
         except ApiError as error:
-            response = _error_response(error)
+            response = error_response(error)
         except Exception:
             logger.exception("request failed", extra={"request_id": request_id})
-            response = _error_response(InternalError("the gateway failed; the log tells more"))
+            response = error_response(InternalError("the gateway failed; the log tells more"))
         response.headers["x-request-id"] = request_id
         await response(scope, receive, send)
 
@@ -143,12 +148,12 @@ class Gateway:
         return await route.handler(Call(request, request_id, caller, trace))
 
     async def _health(self, call: Call) -> Response:
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def _ready(self, call: Call) -> Response:
         if not self._is_ready():
             raise ServerOverloaded("no replica can serve yet", retry_after_s=1.0)
-        return _json({"status": "ready"})
+        return json_response({"status": "ready"})
 
     async def _status(self, call: Call) -> Response:
         return Response(await self._fleet_status(), media_type=JSON)
@@ -214,11 +219,11 @@ class Gateway:
         if wanted.stream:
             # The first piece is awaited here, so that an error before it still has its own status.
             first = await anext(pieces, "")
-            return EventStream(_events(reply, stream, first, pieces, wanted.include_usage), pieces)
+            return EventStream(events(reply, stream, first, pieces, wanted.include_usage), pieces)
         async with aclosing(pieces):
             text = "".join([piece async for piece in pieces])
         created = int(reply.started_s)
-        payload = body(reply.request_id, self._model, created, text, reply.finish_reason, _usage(reply))
+        payload = body(reply.request_id, self._model, created, text, reply.finish_reason, usage_of(reply))
         return Response(payload, media_type=JSON)
 
     async def _logged(self, reply: Reply, trace: RequestTrace) -> AsyncGenerator[str]:
@@ -250,76 +255,3 @@ class Gateway:
             raise ModelNotFound(
                 f"the model {name[:100]!r} does not exist; GET /v1/models lists what does", param="model"
             )
-
-
-class EventStream(Response):
-    """Server-sent events, written as they come. `source` is closed at the end, also of a client
-    that left before the first event: closing `events` alone would not, since it had not begun.
-    """
-
-    def __init__(self, events: AsyncIterator[bytes], source: AsyncGenerator[str]) -> None:
-        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        del self.headers["content-length"]
-        self._events = events
-        self._source = source
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._source):
-            await send(
-                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-            )
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _events(
-    reply: Reply,
-    stream: ChatStream | CompletionStream,
-    first: str,
-    pieces: AsyncIterator[str],
-    include_usage: bool,
-) -> AsyncIterator[bytes]:
-    """A reply as events. An error after the first piece is an event too: the status is long sent."""
-    try:
-        head = stream.first() + (stream.text(first) if first else b"")
-        if head:
-            yield head
-        async for piece in pieces:
-            if piece:
-                yield stream.text(piece)
-    except SearoomError as failed:
-        error = failed if isinstance(failed, ApiError) else InternalError(str(failed))
-        yield stream.error(error)
-        return
-    yield stream.finish(reply.finish_reason)  # type: ignore[arg-type]
-    if include_usage:
-        yield stream.usage(_usage(reply))
-    yield stream.done()
-
-
-def _usage(reply: Reply) -> Usage:
-    return Usage(reply.prompt_tokens, reply.output_tokens, reply.cached_tokens)
-
-
-def _json(content: dict[str, Any]) -> Response:
-    return Response(json.dumps(content), media_type=JSON)
-
-
-def _error_response(error: ApiError) -> Response:
-    response = Response(openai_frames.error_body(error), status_code=error.status, media_type=JSON)
-    if error.retry_after_s is not None:
-        response.headers["retry-after"] = str(max(1, round(error.retry_after_s)))
-    if isinstance(error, MethodNotAllowed):
-        response.headers["allow"] = error.allow
-    if error.status == 401:
-        response.headers["www-authenticate"] = "Bearer"
-    return response
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return

@@ -33,6 +33,10 @@ FIELDS = frozenset(
         "cached_tokens",
         "duration_ms",
         "ttft_ms",
+        "pick_ms",
+        "submit_ms",
+        "queue_ms",
+        "prefill_ms",
         "refusals",
     }
 )

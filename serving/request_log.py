@@ -66,7 +66,7 @@ class RequestLog:
                 "output_tokens": reply.output_tokens,
                 "cached_tokens": reply.cached_tokens,
                 "duration_ms": round((ended_s - reply.started_s) * 1000, 1),
-                "ttft_ms": round(_ttft_s(reply) * 1000, 1),
+                **_hops_ms(reply),
                 "refusals": reply.generation.refusals,
             },
         )
@@ -84,6 +84,21 @@ class RequestLog:
             if reply.output_tokens > 1:
                 per_token_s = (ended_s - first_s) / (reply.output_tokens - 1)
                 meter.observe(metrics.TIME_PER_OUTPUT_TOKEN, per_token_s, tags)
+
+
+def _hops_ms(reply: Reply) -> dict[str, float]:
+    """Where the time to the first token went, milliseconds; empty when there was none."""
+    times = reply.generation.times
+    if times.sequence is None:
+        return {}
+    hops = {
+        "ttft_ms": _ttft_s(reply) * 1000,
+        "pick_ms": (times.picked_s - reply.started_s) * 1000,
+        "submit_ms": (times.accepted_s - times.picked_s) * 1000,
+        "queue_ms": times.sequence.queue_ms,
+        "prefill_ms": times.sequence.prefill_ms,
+    }
+    return {name: round(value, 1) for name, value in hops.items()}
 
 
 def _ttft_s(reply: Reply) -> float:

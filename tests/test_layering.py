@@ -26,7 +26,7 @@ ROOMS = {
     DEPLOYMENT: {"ingress", "router", "replica"},
     PARTS: {
         "completions", "dispatch_book", "dispatcher", "fleet", "gateway", "generation", "gpu_watch", "links",
-        "load_reporter", "rank", "rank_group", "request_log",
+        "load_reporter", "rank", "rank_group", "request_log", "responses",
         "router_link", "routing", "wait_queue",
     },
     ENGINE: {"engine"},
@@ -52,7 +52,7 @@ LIBRARY_WALLS = {
         "serving.engine.worker", "serving.engine.model_runner", "serving.engine.sampler",
         "serving.models.", "kernels.", "serving.bench.engine",
     },
-    "starlette": {"serving.gateway"},
+    "starlette": {"serving.gateway", "serving.responses"},
     "fastapi": set(),
     "transformers": {"serving.gguf_tokenizer"},
     "pickle": set(),

@@ -4,13 +4,15 @@ import asyncio
 import concurrent.futures
 import re
 import secrets
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from clusters import eventually, title
+from clusters import environment, eventually, title
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 UNKNOWN_MODEL = b'{"model": "nope", "messages": [{"role": "user", "content": "x"}]}'
@@ -283,3 +285,17 @@ def test_no_deployment_does_tensor_work(one_region):
 
 def mapped(process):
     return Path(f"/proc/{process.pid}/maps").read_text()
+
+
+def test_the_load_benchmark_measures_a_running_cluster(one_region):
+    """`python -m serving.bench load` runs against what `up` runs, and prints a row a concurrency."""
+    done = subprocess.run(
+        [sys.executable, "-m", "serving.bench", "load", "--streams", "1,4", "--max-tokens", "8"],
+        env=environment(one_region.state),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    rows = [line.split() for line in done.stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["1", "4"], done.stderr
+    assert all(float(figure) > 0 for row in rows for figure in row)
