@@ -98,14 +98,17 @@ async def test_a_killed_rank_ends_its_streams_and_is_replaced(up):
     """kill -9 of rank 0: error event within 2 s, the other region goes on, the group is replaced."""
     client = up.async_client(timeout=60)
     old = {region: replica["load"]["replica_id"] for region, replica in loads(up).items()}
-    streams = []
-    for number in range(8):
-        stream = await client.chat.completions.create(
-            model=up.model, messages=STORY, stream=True, max_tokens=100, seed=number,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
+
+    async def begin(number):
+        # Twelve of these need more blocks than one region has, so both get some.
+        prompt = f"{number} " + "word " * 250
+        stream = await client.completions.create(
+            model=up.model, prompt=prompt, stream=True, max_tokens=100, extra_body={"ignore_eos": True}
+        )
         await anext(aiter(stream))
-        streams.append(stream)
+        return stream
+
+    streams = await asyncio.gather(*(begin(number) for number in range(12)))
     in_flight = {region: replica["num_in_flight"] for region, replica in loads(up).items()}
     assert all(in_flight.values()), f"both regions must have streams: {in_flight}"
     ranks = up.processes("ray::Rank")
