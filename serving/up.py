@@ -78,7 +78,8 @@ def run_up(options: UpOptions, console: Console) -> None:
     _fetch_model(config.model.source, console)
     plan = make_plan(config)
     _require_memory(plan)
-    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C does: whatever is under way is left and undone
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell's `&` would leave SIGINT ignored
+        signal.signal(number, _interrupt)  # whatever is under way is left, and undone
     with ExitStack() as undo, suppress(KeyboardInterrupt):
         undo.callback(console.print, "down")
         cluster = undo.enter_context(_ray_cluster(options, config, console))
