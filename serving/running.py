@@ -32,7 +32,9 @@ class Running:
 
     def alive(self) -> bool:
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started_s) < 1.0
+            process = psutil.Process(self.pid)
+            is_ours = abs(process.create_time() - self.started_s) < 1.0
+            return is_ours and process.status() != psutil.STATUS_ZOMBIE  # ended, and not yet reaped
         except psutil.NoSuchProcess:
             return False
 

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from serving import running
@@ -43,6 +45,19 @@ def test_a_dead_process_is_not_running(here, path):
     process.wait()
     running.save(replace(here, pid=process.pid))
     assert running.find() is None and not path.exists()
+
+
+def test_a_process_that_ended_and_was_not_reaped_is_not_running(here):
+    """A zombie still has its number and its start time: `down` must not wait for it."""
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    zombie = psutil.Process(process.pid)
+    zombies_cluster = replace(here, pid=process.pid, started_s=zombie.create_time())
+    assert zombies_cluster.alive()
+    process.stdin.close()
+    while zombie.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not zombies_cluster.alive()
+    process.wait()
 
 
 def test_a_reused_process_id_is_not_ours(here, path):
