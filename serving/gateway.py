@@ -128,7 +128,8 @@ class Gateway:
             response = await self._answer(request, request_id)
         except ClientDisconnect:
             return
-        except ApiError as error:
+        except ApiError as error:  # before there was a reply: one that had begun counts itself
+            self._log.refused(error)
             response = error_response(error)
         except Exception:
             logger.exception("request failed", extra={"request_id": request_id})
@@ -152,7 +153,8 @@ class Gateway:
 
     async def _ready(self, call: Call) -> Response:
         if not self._is_ready():
-            raise ServerOverloaded("no replica can serve yet", retry_after_s=1.0)
+            # Answered, not raised: a probe is no request, and is not counted as one.
+            return error_response(ServerOverloaded("no replica can serve yet", retry_after_s=1.0))
         return json_response({"status": "ready"})
 
     async def _status(self, call: Call) -> Response:
@@ -216,12 +218,15 @@ class Gateway:
         body: Callable[..., bytes],
     ) -> Response:
         pieces = self._logged(reply, call.trace)
-        if wanted.stream:
-            # The first piece is awaited here, so that an error before it still has its own status.
-            first = await anext(pieces, "")
-            return EventStream(events(reply, stream, first, pieces, wanted.include_usage), pieces)
-        async with aclosing(pieces):
-            text = "".join([piece async for piece in pieces])
+        try:
+            if wanted.stream:
+                # The first piece is awaited here, so that an error before it still has its own status.
+                first = await anext(pieces, "")
+                return EventStream(events(reply, stream, first, pieces, wanted.include_usage), pieces)
+            async with aclosing(pieces):
+                text = "".join([piece async for piece in pieces])
+        except ApiError as error:  # counted with its reply
+            return error_response(error)
         created = int(reply.started_s)
         payload = body(reply.request_id, self._model, created, text, reply.finish_reason, usage_of(reply))
         return Response(payload, media_type=JSON)

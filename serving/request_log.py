@@ -28,6 +28,11 @@ class RequestLog:
         """A request is here; its trace starts now."""
         return self._tracer.begin(traceparent)
 
+    def refused(self, error: ApiError) -> None:
+        """Count a request that was answered before it could begin: a bad body, no key, no such route."""
+        outcome = error.code or error.type
+        self._meter.add(metrics.REQUESTS, 1, {"model": self._model, "region": NOT_PLACED, "outcome": outcome})
+
     def ended(self, reply: Reply, trace: RequestTrace, error: ApiError | None) -> None:
         """Count, trace and log a request, once, however it went."""
         route = reply.generation.route

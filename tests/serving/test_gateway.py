@@ -113,8 +113,9 @@ async def test_tenants_have_different_hash_roots(door):
     ],
 )  # fmt: skip
 async def test_whatever_is_wrong_the_body_is_the_envelope(door, method, path, body, status, code):
-    """All four fields, a request id, and no replica is troubled."""
+    """All four fields, a request id, and no replica is troubled; the metrics count it once."""
     assert_envelope(await door.http.request(method, path, content=body), status, code)
+    assert door.requests(code or "invalid_request_error", "none") == 1
     assert door.replica.submits == [] and door.fleet.router.picks == []
 
 
