@@ -3,7 +3,8 @@
     out_t = softmax_{j <= p_t}(q_t . k_j / sqrt(D)) v_j                (Vaswani et al. 2017, eq. 1)
 
 where j runs over the positions of t's own sequence. G query heads share a key/value head
-(Ainslie et al. 2023). A layer's cache is `[2, N, K, block_tokens, D]`, keys first: N blocks that
+(Ainslie et al. 2023). A layer's cache is `[2, N, K, block_tokens, D]`, keys first, in the queries'
+dtype or a narrower one: N blocks that
 sequences own through block tables (Kwon et al. 2023). Within a block a head's positions are
 adjacent, so that gathering (block, head) rows yields contiguous heads.
 
@@ -121,8 +122,8 @@ def paged_attention_reference(
 
 def _write_kv_torch(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
     keys, values = cache.flatten(1, 3)
-    keys.index_copy_(0, slots, key.flatten(0, 1))
-    values.index_copy_(0, slots, value.flatten(0, 1))
+    keys.index_copy_(0, slots, key.flatten(0, 1).to(cache.dtype))
+    values.index_copy_(0, slots, value.flatten(0, 1).to(cache.dtype))
 
 
 def _paged_attention_torch(query: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
@@ -138,7 +139,7 @@ def _attend_chunk(query: torch.Tensor, cache: torch.Tensor, chunk: PrefillChunk)
     tokens, num_heads, head_dim = query.shape
     num_kv_heads = cache.shape[2]
     group = num_heads // num_kv_heads
-    gathered = _gather(cache, chunk.parts).view(2, num_kv_heads, 1, -1, head_dim)
+    gathered = _gather(cache, chunk.parts).to(query.dtype).view(2, num_kv_heads, 1, -1, head_dim)
     # The batch dimension is K and the head dimension G: keys are shared by a zero stride, not copied.
     keys, values = gathered[:, :, :, : chunk.context_tokens].expand(-1, -1, group, -1, -1)
     grouped = query.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
@@ -151,7 +152,7 @@ def _attend_chunk(query: torch.Tensor, cache: torch.Tensor, chunk: PrefillChunk)
 def _attend_group(query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
     n, num_heads, head_dim = query.shape
     num_kv_heads = cache.shape[2]
-    gathered = _gather(cache, group.parts).view(-1, head_dim)
+    gathered = _gather(cache, group.parts).to(query.dtype).view(-1, head_dim)
     gathered.index_fill_(0, group.tails, 0)
     keys, values = gathered.view(2, n, num_kv_heads, -1, head_dim)
     # The G heads that share keys become G queries of one head: a small product instead of G vectors.

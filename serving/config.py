@@ -30,7 +30,7 @@ class ModelConfig(_Frozen):
 
     source: str = "embedded"
     name: str | None = None  # the id clients use; default: the model's own
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
 
 
 class EngineConfig(_Frozen):
@@ -45,6 +45,7 @@ class EngineConfig(_Frozen):
     kv_memory_bytes: Count | None = None  # cap of that measure; default: 1 GiB on CPU, none on a GPU
     max_num_seqs: Count = 64
     max_step_tokens: Count = 512
+    tpot_ms: Annotated[float, Field(gt=0)] | None = None  # keep a stream's mean time a token within this
     threads: Count | None = None  # a rank; default: cores // ranks on the node
     executor: str = "serving.engine.worker:Worker"  # what runs a step's tensors
 
@@ -129,14 +130,12 @@ class SearoomConfig(_Frozen):
 
     @property
     def dtype(self) -> str:
-        """Of weights and KV cache, with "auto" resolved: Ingress and engine hash blocks with it.
+        """In which products are computed, with "auto" resolved; Ingress and engine hash blocks with it.
 
-        bfloat16 on CUDA. On CPU float32: the embedded model's best tokens are often closer than
-        bfloat16 can tell apart, and a default must not change answers.
+        bfloat16, also for weights that are stored in 4 or 8 bits: its answers are the float32 model's
+        (`python -m serving.bench engine --quality`). int8 is faster in batches on CPU, and less near.
         """
-        if self.model.dtype != "auto":
-            return self.model.dtype
-        return "bfloat16" if self.engine.device == "cuda" else "float32"
+        return "bfloat16" if self.model.dtype == "auto" else self.model.dtype
 
     @property
     def home(self) -> str:

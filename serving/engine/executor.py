@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.model_spec import ModelSpec
 
-DTypeName = Literal["float32", "bfloat16", "float16"]
+DTypeName = Literal["float32", "bfloat16", "float16", "int8"]
+
+# The KV cache's dtype where it is not the weights'.
+KV_DTYPES = {"int8": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class ExecutorOptions:
     block_tokens: int = 16
     kv_blocks: int | None = None
     kv_memory_bytes: int | None = None
+    max_step_tokens: int = 512  # the widest step: memory is kept for its activations
+    max_num_seqs: int = 64  # and for the logits of so many sequences
     rank: int = 0
     world_size: int = 1
     rendezvous: str | None = None

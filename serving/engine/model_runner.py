@@ -7,16 +7,19 @@ import torch
 from kernels.paged_attention import plan_attention
 from serving.engine.plan import StepPlan
 from serving.models.llama import Llama
+from serving.models.native_llama import NativeLlama
 
 
-def allocate_kv_cache(model: Llama, num_blocks: int, block_tokens: int, device: torch.device) -> torch.Tensor:
+def allocate_kv_cache(
+    model: Llama | NativeLlama, num_blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """An empty cache [layers, 2, num_blocks, K, block_tokens, D] of this rank's heads.
 
     Not initialised: attention never reads a slot that was not written, and untouched pages of a
     pool on CPU cost no memory.
     """
     shape = (model.spec.num_layers, 2, num_blocks, model.num_kv_heads, block_tokens, model.spec.head_dim)
-    return torch.empty(shape, dtype=model.dtype, device=device)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 class ModelRunner:

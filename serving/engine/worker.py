@@ -21,19 +21,27 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from serving.engine.executor import ExecutorOptions
+from kernels.cpu import library as native
+from serving.engine.executor import KV_DTYPES, ExecutorOptions
+from serving.engine.kv_sizing import (
+    DEFAULT_CPU_KV_BYTES,
+    KvSizing,
+    RankMemory,
+    size_pool,
+    step_peak_bytes,
+)
 from serving.engine.model_runner import ModelRunner, allocate_kv_cache
+from serving.engine.native_runner import NativeRunner, NativeUpgrade, load_native, precision_of
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.engine.sampler import sample
 from serving.errors import ConfigError
 from serving.models import ARCHITECTURES
 from serving.models.layers import Shard
+from serving.models.llama import Llama
+from serving.models.native_llama import NativeLlama
 from serving.models.weights import open_weights
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_DEFAULT_CPU_KV_BYTES = 1 << 30
-# Of free memory, what stays for activations, logits and the allocator.
-_ACTIVATION_SHARE = 0.1
 _MESSAGE_INTS = 8192
 _KEEP_ALIVE, _PLAN, _STOP = 0, 1, 2
 # A rank waits so long for a message or a sum; rank 0 keeps alive every minute at least.
@@ -53,28 +61,45 @@ class Worker:
         torch.set_num_threads(options.num_threads)
         self._rank, self._world_size = options.rank, options.world_size
         self._device = torch.device(options.device)
-        dtype = _DTYPES[options.dtype]
-        self.kv_dtype = str(dtype).removeprefix("torch.")
+        self.kv_dtype = KV_DTYPES.get(options.dtype, options.dtype)
         self._tensor_group = _join(options) if options.world_size > 1 else None
         shard = Shard(options.rank, options.world_size, self._all_reduce)
-        source = open_weights(options.weights, options.spec, dtype)
-        model = ARCHITECTURES[options.spec.architecture](options.spec, source, self._device, shard)
+        kv_dtype = _DTYPES[self.kv_dtype]
         self.block_bytes = (
-            options.block_tokens * options.spec.kv_bytes_per_token(dtype.itemsize) // options.world_size
+            options.block_tokens * options.spec.kv_bytes_per_token(kv_dtype.itemsize) // options.world_size
         )
-        self._num_blocks = self._size_pool(options)
-        self._runner = ModelRunner(
-            model, allocate_kv_cache(model, self._num_blocks, options.block_tokens, self._device)
-        )
+        precision = precision_of(options)
+        library = native.cached() if precision is not None else None
+        if not self._least(int(library is not None)):  # on all ranks or on none: they sum one dtype
+            library = None
+        model: Llama | NativeLlama
+        if library is None or precision is None:
+            model = self._load(options, shard)
+        else:
+            model = load_native(options, precision, shard, library)
+        self.kv_sizing = self._size_pool(options)
+        kv_cache = allocate_kv_cache(model, self.num_blocks, options.block_tokens, kv_dtype, self._device)
+        self._upgrade: NativeUpgrade | None = None
+        self._runner: ModelRunner | NativeRunner
+        if isinstance(model, NativeLlama):
+            model.attach(kv_cache, options.num_threads)
+            self._runner = NativeRunner(model)
+        else:
+            self._runner = ModelRunner(model, kv_cache)
+            if precision is not None:
+                self._upgrade = NativeUpgrade(options, precision, kv_cache)
 
     @property
     def num_blocks(self) -> int:
         """Blocks in the KV pool, the same on every rank."""
-        return self._num_blocks
+        return self.kv_sizing.num_blocks
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
         """Run `plan` on every rank and draw one token a wanted row: [S], -1 where not finite."""
         self._send(_PLAN, plan.pack())
+        if self._upgrade is not None and self._upgrade.is_over:
+            self._runner = self._upgrade.take() or self._runner
+            self._upgrade = None
         with torch.inference_mode():
             return sample(self._runner.logits(plan), sampling).cpu().numpy()
 
@@ -96,6 +121,13 @@ class Worker:
             with contextlib.suppress(RuntimeError):  # a rank that is gone needs no stop
                 self._send(_STOP, np.empty(0, dtype=np.int32))
         dist.destroy_process_group()
+
+    def _load(self, options: ExecutorOptions, shard: Shard) -> Llama:
+        """The model on torch's kernels: on CPU in float32, which it is stuck with while it has no native
+        library, and whose answers neither bfloat16 nor int8 shall fall behind."""
+        dtype = torch.float32 if options.device == "cpu" else _DTYPES[options.dtype]
+        source = open_weights(options.weights, options.spec, dtype)
+        return ARCHITECTURES[options.spec.architecture](options.spec, source, self._device, shard)
 
     def _send(self, kind: int, payload: NDArray[np.int32]) -> None:
         if self._world_size == 1:
@@ -123,29 +155,21 @@ class Worker:
         if self._tensor_group is not None:
             dist.all_reduce(partial, group=self._tensor_group)
 
-    def _size_pool(self, options: ExecutorOptions) -> int:
-        """The number of blocks every rank can hold; the same answer, or ConfigError, on each."""
+    def _size_pool(self, options: ExecutorOptions) -> KvSizing:
+        """Every rank's pool; the same answer, or ConfigError, on each."""
         limit = options.kv_memory_bytes
         if limit is None and self._device.type == "cpu":
-            limit = _DEFAULT_CPU_KV_BYTES
-        free_bytes = self._free_bytes()
-        fitting = self._least(int(free_bytes * (1 - _ACTIVATION_SHARE)) // self.block_bytes)
-        wanted = options.kv_blocks
-        if wanted is None:
-            wanted = fitting if limit is None else min(fitting, limit // self.block_bytes)
-        if 0 < wanted <= fitting:
-            return wanted
-        if options.kv_blocks is None and fitting > 0:
-            raise ConfigError(
-                f"kv_memory_bytes: {limit} does not hold one KV block of {self.block_bytes} bytes; raise it"
-            )
-        needed_bytes = max(wanted, 1) * self.block_bytes / (1 - _ACTIVATION_SHARE)
-        raise ConfigError(
-            f"kv_blocks: {max(wanted, 1)} blocks of {self.block_bytes} bytes need "
-            f"{needed_bytes / 2**20:.1f} MiB free on every rank, a tenth of it for activations; this rank "
-            f"has {free_bytes / 2**20:.1f} MiB, and {fitting} blocks fit the tightest rank. Lower kv_blocks, "
-            "free memory, or take a smaller model or dtype"
+            limit = DEFAULT_CPU_KV_BYTES
+        activations, logits = step_peak_bytes(options.spec, options.max_step_tokens, options.max_num_seqs)
+        memory = RankMemory(
+            free_bytes=self._free_bytes(),
+            activation_bytes=activations,
+            logits_bytes=logits,
+            block_bytes=self.block_bytes,
+            kv_blocks=options.kv_blocks,
+            limit_bytes=limit,
         )
+        return size_pool(memory, self._least(memory.fitting_blocks))
 
     def _free_bytes(self) -> int:
         """Memory this rank may use: the GPU's, or its share of the machine's."""

@@ -42,14 +42,12 @@ class Llama:
     """
 
     def __init__(self, spec: ModelSpec, source: TensorSource, device: torch.device, shard: Shard) -> None:
-        biases = [name for name in source.names() if name.endswith(".bias")]
-        if biases:
-            raise ModelFileError(f"tensor {biases[0]}: {spec.architecture} with biases is not supported")
+        refuse_biases(spec, source)
         self.spec = spec
         self.num_heads = spec.num_heads // shard.world_size
         self.num_kv_heads = spec.num_kv_heads // shard.world_size
         table = (spec.vocab_size, spec.hidden_size)
-        self._frequencies = _frequencies(spec).to(device)
+        self._frequencies = rotary_frequencies(spec).to(device)
         self._embedding = source.tensor("model.embed_tokens.weight", table).to(device)
         self._norm = source.tensor("model.norm.weight", (spec.hidden_size,)).to(device)
         self._layers = [_load_layer(spec, source, i, device, shard) for i in range(spec.num_layers)]
@@ -127,7 +125,15 @@ def _load_layer(
     )
 
 
-def _frequencies(spec: ModelSpec) -> torch.Tensor:
+def refuse_biases(spec: ModelSpec, source: TensorSource) -> None:
+    """Raises ModelFileError where a tensor would be ignored."""
+    biases = [name for name in source.names() if name.endswith(".bias")]
+    if biases:
+        raise ModelFileError(f"tensor {biases[0]}: {spec.architecture} with biases is not supported")
+
+
+def rotary_frequencies(spec: ModelSpec) -> torch.Tensor:
+    """Radians a position, float32 [D / 2], with the model's scaling."""
     frequencies = rope_frequencies(spec.head_dim, spec.rope_theta)
     scaling = spec.rope_scaling
     if scaling is None:

@@ -13,11 +13,13 @@ from typing import Protocol
 import gguf
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from kernels.cpu.packing import GroupQuantized, quantize_groups
 from serving.errors import ModelFileError
 from serving.model_spec import ModelSpec
-from serving.models.gguf_file import GgufFile
+from serving.models.gguf_file import GgufFile, StoredTensor
 
 ALL = slice(None)
 
@@ -58,6 +60,19 @@ class TensorSource(Protocol):
         """
         ...
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether `groups` gives exactly what is stored."""
+        ...
+
+    def groups(
+        self, name: str, shape: tuple[int, int], rows: slice = ALL, columns: slice = ALL
+    ) -> GroupQuantized:
+        """The same part of a matrix in 4 or 8 bits: as it is stored where it is, else the nearest.
+
+        `columns` begin and end at multiples of 32. Raises as `tensor` does.
+        """
+        ...
+
 
 def open_weights(paths: tuple[Path, ...], spec: ModelSpec, dtype: torch.dtype) -> TensorSource:
     """The source for one .gguf file or for a model's safetensors files."""
@@ -95,10 +110,7 @@ class GgufSource:
     def tensor(
         self, name: str, shape: tuple[int, ...], rows: slice = ALL, columns: slice = ALL
     ) -> torch.Tensor:
-        stored = self._file.tensors.get(_gguf_name(name))
-        if stored is None:
-            raise ModelFileError(f"{self._path}: tensor {_gguf_name(name)} ({name}) is missing")
-        _check_shape(self._path, name, stored.shape, shape)
+        stored = self._find(name, shape)
         try:
             values = gguf.quants.dequantize(self._file.read(stored)[rows], stored.kind)
         except NotImplementedError as unknown:
@@ -111,6 +123,30 @@ class GgufSource:
         if values.ndim == 2:
             values = values[:, columns]
         return torch.from_numpy(np.array(values)).to(self._dtype)
+
+    def is_quantized(self, name: str) -> bool:
+        stored = self._file.tensors.get(_gguf_name(name))
+        return stored is not None and stored.kind in _GROUP_READERS
+
+    def groups(
+        self, name: str, shape: tuple[int, int], rows: slice = ALL, columns: slice = ALL
+    ) -> GroupQuantized:
+        stored = self._find(name, shape)
+        read = _GROUP_READERS.get(stored.kind)
+        if read is None:
+            return quantize_groups(self.tensor(name, shape, rows, columns))
+        quantized = read(self._file.read(stored)[rows])
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            order = np.arange(len(quantized.values))[:, None]
+            quantized = quantized.rows(_unpermute(order, self._head_dim)[:, 0])
+        return quantized.columns(columns)
+
+    def _find(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        stored = self._file.tensors.get(_gguf_name(name))
+        if stored is None:
+            raise ModelFileError(f"{self._path}: tensor {_gguf_name(name)} ({name}) is missing")
+        _check_shape(self._path, name, stored.shape, shape)
+        return stored
 
 
 class SafetensorsSource:
@@ -151,6 +187,14 @@ class SafetensorsSource:
             )
         return values.to(self._dtype, copy=True)
 
+    def is_quantized(self, name: str) -> bool:
+        return False
+
+    def groups(
+        self, name: str, shape: tuple[int, int], rows: slice = ALL, columns: slice = ALL
+    ) -> GroupQuantized:
+        return quantize_groups(self.tensor(name, shape, rows, columns))
+
 
 def _gguf_name(name: str) -> str:
     layer = _LAYER_NAME.fullmatch(name)
@@ -158,6 +202,46 @@ def _gguf_name(name: str) -> str:
         return _GGUF_NAMES[name]
     number, part, suffix = layer.groups()
     return f"blk.{number}.{_GGUF_LAYER_NAMES[part]}.{suffix}"
+
+
+def _read_q8_0(rows: NDArray[np.uint8]) -> GroupQuantized:
+    """ggml's block_q8_0: f16 scale, 32 int8."""
+    blocks = rows.reshape(len(rows), -1, 34)
+    values = blocks[..., 2:] ^ np.uint8(0x80)  # int8, offset by 128
+    return GroupQuantized(_flat(values), _halves(blocks, 0), None)
+
+
+def _read_q4_1(rows: NDArray[np.uint8]) -> GroupQuantized:
+    """ggml's block_q4_1: f16 scale, f16 minimum, 32 nibbles."""
+    blocks = rows.reshape(len(rows), -1, 20)
+    return GroupQuantized(_nibbles(blocks[..., 4:]), _halves(blocks, 0), _halves(blocks, 2))
+
+
+def _read_q4_0(rows: NDArray[np.uint8]) -> GroupQuantized:
+    """ggml's block_q4_0: f16 scale, 32 nibbles that stand for -8..7."""
+    blocks = rows.reshape(len(rows), -1, 18)
+    scales = _halves(blocks, 0)
+    return GroupQuantized(_nibbles(blocks[..., 2:]), scales, scales * np.float16(-8))
+
+
+_GROUP_READERS = {
+    gguf.GGMLQuantizationType.Q8_0: _read_q8_0,
+    gguf.GGMLQuantizationType.Q4_1: _read_q4_1,
+    gguf.GGMLQuantizationType.Q4_0: _read_q4_0,
+}
+
+
+def _halves(blocks: NDArray[np.uint8], at: int) -> NDArray[np.float16]:
+    return np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0]
+
+
+def _nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Low nibbles are a block's first 16 values, high ones its last."""
+    return _flat(np.concatenate((packed & 15, packed >> 4), axis=-1))
+
+
+def _flat(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return blocks.reshape(len(blocks), -1)
 
 
 def _unpermute(values: np.ndarray, head_dim: int) -> np.ndarray:

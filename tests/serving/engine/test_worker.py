@@ -129,10 +129,12 @@ def test_what_cannot_be_is_a_config_error(tiny, changes, message):
         Worker(replace(tiny, **changes))
 
 
-def test_the_model_runs_in_bfloat16(tiny):
-    """The weights, the cache and the steps are in the dtype that was asked for."""
-    worker = Worker(replace(tiny, dtype="bfloat16"))
-    assert worker.kv_dtype == "bfloat16"
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int8"])
+def test_narrow_dtypes_run_without_the_native_library(tiny, dtype):
+    """Blocks of 8 tokens are not for the native library: torch serves, over a cache of two bytes a value."""
+    worker = Worker(replace(tiny, dtype=dtype))
+    assert worker.kv_dtype == ("float16" if dtype == "float16" else "bfloat16")
+    assert worker.block_bytes == BLOCK_TOKENS * tiny.spec.kv_bytes_per_token(2)
     assert len(generate(worker, PROMPTS[:2], 2, BLOCK_TOKENS)[1]) == 2
 
 

@@ -38,7 +38,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> ModelRunner:
     spec = read_model_spec(folder)
     source = open_weights(tuple(sorted(folder.glob("*.safetensors"))), spec, dtype)
     model = ARCHITECTURES[spec.architecture](spec, source, torch.device("cpu"), Shard())
-    return ModelRunner(model, allocate_kv_cache(model, 64, BLOCK_TOKENS, torch.device("cpu")))
+    return ModelRunner(model, allocate_kv_cache(model, 64, BLOCK_TOKENS, dtype, torch.device("cpu")))
 
 
 def all_logits(runner: ModelRunner, tokens: list[int]) -> torch.Tensor:
