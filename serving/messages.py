@@ -162,16 +162,56 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     decode_tokens: int
     flops: float
     bytes_moved: float
+    floor_ms: float = 0.0  # the least such a step can take at the machine's measured rates
+    ridge_flop_per_byte: float = 0.0  # of these: above this intensity compute binds, below it memory
+    bound: Literal["memory", "compute"] = "memory"
     num_preemptions: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
+
+
+class BlockStored(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A full block can be found from now on. `parent` is the hash before it, or the root."""
+
+    block_hash: bytes
+    parent: bytes
+
+
+class BlockRemoved(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """A block was evicted, or is not to be trusted."""
+
+    block_hash: bytes
+
+
+class BlocksCleared(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Nothing is cached any more."""
+
+
+BlockEvent = BlockStored | BlockRemoved | BlocksCleared
+
+
+class BlockEvents(msgspec.Struct, frozen=True, kw_only=True):
+    """A run of changes to a replica's set of cached blocks; the first of them has this number.
+
+    Numbers grow by one an event within an epoch, so a consumer sees what it missed.
+    """
+
+    first_number: int
+    events: tuple[BlockEvent, ...]
+
+
+class BlockSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Every cached block's hash, after the event of this number."""
+
+    last_number: int
+    block_hashes: tuple[bytes, ...]
 
 
 class StepFrame(msgspec.Struct, frozen=True, kw_only=True):
     """All of a step's news; the replica splits it so that each Ingress gets only its own requests.
 
     `next_step_ms` predicts the fullest step that could come next: with work to do, a silence many
-    times longer is a hang.
+    times longer is a hang. `block_events` is for the Router's index: no Ingress is sent any.
     """
 
     step: int
@@ -179,6 +219,7 @@ class StepFrame(msgspec.Struct, frozen=True, kw_only=True):
     load: ReplicaLoad | None = None
     stats: StepStats | None = None
     next_step_ms: float = 0.0
+    block_events: BlockEvents | None = None
 
 
 Message = TypeVar("Message")

@@ -6,13 +6,16 @@
                      evictable ──allocate──► held    hashed, no reader: still a prefix hit
 
 A released full block keeps its hash until it is allocated again, least recently released first:
-eviction is the free list. Every operation is O(1) a block.
+eviction is the free list. Every operation is O(1) a block. Changes to the set of names are logged.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+
+from serving.engine.block_events import BlockEventLog
+from serving.messages import BlockRemoved, BlocksCleared, BlockSnapshot, BlockStored
 
 
 class BlockPool:
@@ -22,6 +25,7 @@ class BlockPool:
         assert num_blocks > 0 and block_tokens > 0
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
+        self.events = BlockEventLog()
         self._num_readers = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
@@ -77,8 +81,8 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def register(self, block: int, block_hash: bytes) -> None:
-        """Name a held block's full content, so that others find it.
+    def register(self, block: int, block_hash: bytes, parent: bytes) -> None:
+        """Name a held block's full content, so that others find it. `parent` is the name before it.
 
         Where another block already bears this name, that one stays the cached one.
         """
@@ -86,12 +90,25 @@ class BlockPool:
         if block_hash not in self._block_of:
             self._block_of[block_hash] = block
             self._hash_of[block] = block_hash
+            self.events.record(BlockStored(block_hash, parent))
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Take held blocks' names away: nobody shall reuse their content."""
         for block in blocks:
             assert self._num_readers[block] > 0
             self._drop_hash(block)
+
+    def clear(self) -> None:
+        """Take all names away: what is held stays held, and nothing is cached."""
+        self._hash_of = [None] * self.num_blocks
+        self._block_of.clear()
+        self._free.extend(self._evictable)
+        self._evictable.clear()
+        self.events.record(BlocksCleared())
+
+    def snapshot(self) -> BlockSnapshot:
+        """Everything that is cached now, for a consumer of the events that has missed some."""
+        return BlockSnapshot(last_number=self.events.last_number, block_hashes=tuple(self._block_of))
 
     def release(self, blocks: Sequence[int]) -> None:
         """Stop reading a sequence's blocks, given in its order.
@@ -129,3 +146,4 @@ class BlockPool:
         if block_hash is not None:
             del self._block_of[block_hash]
             self._hash_of[block] = None
+            self.events.record(BlockRemoved(block_hash))

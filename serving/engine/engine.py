@@ -19,11 +19,20 @@ import msgspec
 
 from cluster.load import ReplicaLoad
 from serving.engine.executor import Executor
+from serving.engine.governor import Governor, RunningLoad, StepBudget
 from serving.engine.scheduled_step import ScheduledStep, build_plan
 from serving.engine.scheduler import Scheduler
 from serving.engine.sequence import Sequence as EngineSequence
 from serving.engine.step_time import StepShape, StepTimeModel
-from serving.messages import Refused, SequenceDelta, StepFrame, StepStats, Submit, SubmitReply
+from serving.messages import (
+    BlockSnapshot,
+    Refused,
+    SequenceDelta,
+    StepFrame,
+    StepStats,
+    Submit,
+    SubmitReply,
+)
 
 IDLE_INTERVAL_S = 30.0
 STOPPED = "the engine has stopped"
@@ -49,12 +58,15 @@ class Engine:
         step_time: StepTimeModel,
         identity: EngineIdentity,
         clock: Callable[[], float] = time.perf_counter,
+        governor: Governor | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._executor = executor
         self._step_time = step_time
         self._identity = identity
         self._clock = clock
+        self._governor = governor
+        self._last_finished_s = 0.0
         self._block_tokens = scheduler.pool.block_tokens
         self._wake = threading.Condition(threading.Lock())  # guards everything below, and the scheduler
         self._is_stale = True  # the load has changed since the last frame, with no step to tell it
@@ -95,6 +107,11 @@ class Engine:
         with self._wake:
             return self._report()
 
+    def block_snapshot(self) -> BlockSnapshot:
+        """Every cached block, for whoever missed some of the frames' block events."""
+        with self._wake:
+            return self._scheduler.pool.snapshot()
+
     def drain(self) -> None:
         """Say in load reports that no more work should come. What comes nevertheless is served."""
         with self._wake:
@@ -117,7 +134,7 @@ class Engine:
         """Schedule, run, sample, and return the news; None when there is nothing to do or to tell."""
         started_s = self._clock()
         with self._wake:
-            step = self._scheduler.schedule(started_s)
+            step = self._scheduler.schedule(started_s, self._budget())
             if step is None:
                 return self._frame_without_step()
         plan, sampling = build_plan(step, self._block_tokens)
@@ -172,7 +189,12 @@ class Engine:
         self._is_stale = False
         report = self._report()
         return StepFrame(
-            step=step, deltas=deltas, load=report, stats=stats, next_step_ms=self._next_step_ms(report)
+            step=step,
+            deltas=deltas,
+            load=report,
+            stats=stats,
+            next_step_ms=self._next_step_ms(report),
+            block_events=self._scheduler.pool.events.drain(),
         )
 
     def _report(self) -> ReplicaLoad:
@@ -191,18 +213,30 @@ class Engine:
 
     def _next_step_ms(self, report: ReplicaLoad) -> float:
         """Prediction for the fullest step there can be: what comes next may be submitted meanwhile."""
-        tokens = report.max_step_tokens
-        return self._step_time.predict_ms(tokens, report.decode_kv_tokens + tokens)
+        tokens, kv_tokens = report.max_step_tokens, report.decode_kv_tokens + report.max_step_tokens
+        pairs = report.decode_kv_tokens + tokens * tokens / 2
+        return report.step.predict_ms(tokens, kv_tokens, self._scheduler.limits.max_num_seqs, pairs)
+
+    def _budget(self) -> StepBudget | None:
+        if self._governor is None:
+            return None
+        load = RunningLoad.of(self._scheduler.running)
+        return self._governor.budget(load, self._step_time.coefficients, self._step_time.usual_error)
 
     def _observe(
         self, step: ScheduledStep, started_s: float, scheduled_s: float, finished_s: float
     ) -> StepStats:
         """Teach the step-time model this step, and say what was expected of it before."""
         shape = StepShape.of(step)
-        predicted_ms = self._step_time.predict_ms(shape.tokens, shape.kv_tokens)
+        predicted_ms = self._step_time.predict_ms(shape)
         step_ms = (finished_s - started_s) * 1e3
         if step_ms > 0:  # a coarse clock may not have moved
-            self._step_time.observe(shape.tokens, shape.kv_tokens, step_ms)
+            self._step_time.observe(shape, step_ms)
+        if self._governor is not None and step.decode_tokens:  # then there was a step just before
+            self._governor.observe((finished_s - self._last_finished_s) * 1e3, predicted_ms)
+        self._last_finished_s = finished_s
+        flops, bytes_moved = self._step_time.flops(shape), self._step_time.bytes_moved(shape)
+        machine = self._step_time.machine
         return StepStats(
             step_ms=step_ms,
             predicted_ms=predicted_ms,
@@ -210,8 +244,11 @@ class Engine:
             batch_size=len(step.chunks),
             prefill_tokens=step.prefill_tokens,
             decode_tokens=step.decode_tokens,
-            flops=self._step_time.flops(shape),
-            bytes_moved=self._step_time.bytes_moved(shape),
+            flops=flops,
+            bytes_moved=bytes_moved,
+            floor_ms=machine.floor_ms(flops, bytes_moved),
+            ridge_flop_per_byte=machine.ridge_flop_per_byte,
+            bound=machine.bound(flops, bytes_moved),
             num_preemptions=step.num_preemptions,
             prefix_hit_tokens=step.prefix_hit_tokens,
             prefix_query_tokens=step.prefix_query_tokens,

@@ -58,8 +58,12 @@ class Holdings:
 
     def register_full(self, sequence: Sequence) -> None:
         """Offer the blocks that have been computed to the end to whoever has the same prefix."""
+        if sequence.num_computed < (sequence.num_registered + 1) * self.pool.block_tokens:
+            return
+        hashes = sequence.block_hashes
         for index in range(sequence.num_registered, sequence.num_computed // self.pool.block_tokens):
-            self.pool.register(sequence.block_table[index], sequence.block_hashes[index])
+            parent = hashes[index - 1] if index else sequence.hash_root
+            self.pool.register(sequence.block_table[index], hashes[index], parent)
             sequence.num_registered = index + 1
 
     def drop(self, sequence: Sequence) -> None:

@@ -8,10 +8,7 @@ import msgspec
 import numpy as np
 
 from serving.engine.plan import SamplingBatch, StepPlan
-from serving.engine.sequence import Sequence
-
-UINT64_MASK = 2**64 - 1
-INT32_MAX = 2**31 - 1
+from serving.engine.sequence import SAMPLING_ROW, Sequence
 
 
 class Chunk(msgspec.Struct, frozen=True, eq=False):
@@ -41,11 +38,11 @@ class ScheduledStep:
 
     @property
     def decode_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks if chunk.is_decode)
+        return sum([chunk.is_decode for chunk in self.chunks])  # each of one token
 
     @property
     def prefill_tokens(self) -> int:
-        return sum(chunk.num_tokens for chunk in self.chunks if not chunk.is_decode)
+        return sum([chunk.num_tokens for chunk in self.chunks if not chunk.is_decode])
 
 
 def build_plan(step: ScheduledStep, block_tokens: int) -> tuple[StepPlan, SamplingBatch]:
@@ -83,13 +80,6 @@ def build_plan(step: ScheduledStep, block_tokens: int) -> tuple[StepPlan, Sampli
 
 
 def _sampling_batch(chunks: list[Chunk]) -> SamplingBatch:
-    params = [chunk.sequence.sampling for chunk in chunks]
-    return SamplingBatch(
-        temperature=np.array([p.temperature for p in params], dtype=np.float32),
-        # Wider integers than the arrays hold mean the same here: no limit, and a seed modulo 2^64.
-        top_k=np.array([min(p.top_k, INT32_MAX) for p in params], dtype=np.int32),
-        top_p=np.array([p.top_p for p in params], dtype=np.float32),
-        min_p=np.array([p.min_p for p in params], dtype=np.float32),
-        seed=np.array([p.seed & UINT64_MASK for p in params], dtype=np.uint64),
-        position=np.array([chunk.end for chunk in chunks], dtype=np.int32),
-    )
+    rows = np.frombuffer(b"".join([chunk.sequence.sampling_row for chunk in chunks]), dtype=SAMPLING_ROW)
+    columns = {name: np.ascontiguousarray(rows[name]) for name in SAMPLING_ROW.names or ()}
+    return SamplingBatch(position=np.array([chunk.end for chunk in chunks], dtype=np.int32), **columns)

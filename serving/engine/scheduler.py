@@ -8,7 +8,8 @@ A pure state machine: requests and sampled tokens in, steps and deltas out; no c
 - A request is accepted when its reservation fits beside all outstanding ones. Prefix blocks that it
   matches are held from then on; the rest of the reservation turns into blocks as they are allocated.
 - Waiting sequences are admitted strictly in (priority, arrival) order, and get blocks for all their
-  known tokens at once: only decodes grow, so a prefill never runs out of blocks half-way.
+  known tokens at once: only decodes grow, so a prefill never runs out of blocks half-way. The first
+  in line waits while it is foreseen (`growth.py`) that those inside will come to need its room.
 - When a decode finds no block, holds of waiting sequences go first, then the running sequence with
   the least computed work in the lowest priority class is preempted: its blocks are released (still
   cached until reallocated) and it computes again what it then lacks. Nobody is preempted a second
@@ -25,6 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.engine.block_pool import BlockPool
+from serving.engine.governor import StepBudget
+from serving.engine.growth import OutputGrowth
 from serving.engine.holdings import Holdings
 from serving.engine.scheduled_step import Chunk, ScheduledStep
 from serving.engine.sequence import Sequence, SequenceState
@@ -60,9 +63,13 @@ class LoadFigures(msgspec.Struct, frozen=True, kw_only=True):
 class Scheduler:
     """Not thread-safe. `schedule` and `complete` alternate; the rest may be called in between."""
 
-    def __init__(self, pool: BlockPool, limits: SchedulerLimits) -> None:
+    def __init__(self, pool: BlockPool, limits: SchedulerLimits, growth: OutputGrowth | None = None) -> None:
+        """`growth` foretells outputs' lengths; by default it starts from the common prior."""
         self.pool = pool
         self.limits = limits
+        self._growth = growth or OutputGrowth(pool, limits.max_context_tokens)
+        self._num_departures = 0  # from running: only then may who was held back find room
+        self._held_back: tuple[Sequence, int] | None = None  # and the departures by then
         self._holdings = Holdings(pool)
         self._live: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # both sorted by Sequence.order
@@ -77,6 +84,11 @@ class Scheduler:
         """Somebody is still to be told something."""
         return bool(self._live or self._ends)
 
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        """What runs, in order of service; only to be read."""
+        return tuple(self._running)
+
     # ---- requests in ----------------------------------------------------------------------------
 
     def reserve(self, sequence: Sequence, now_s: float) -> SubmitReply:
@@ -90,6 +102,7 @@ class Scheduler:
         self._last_arrival += 1
         sequence.arrival = self._last_arrival
         sequence.accepted_s = now_s
+        sequence.most_tokens = self._most_tokens(sequence)
         self._live[sequence.request_id] = sequence
         self._holdings.open(sequence)
         insort(self._waiting, sequence, key=_order)
@@ -117,19 +130,20 @@ class Scheduler:
 
     # ---- steps out ------------------------------------------------------------------------------
 
-    def schedule(self, now_s: float) -> ScheduledStep | None:
-        """The next step, or None when nothing is waiting or running."""
+    def schedule(self, now_s: float, limit: StepBudget | None = None) -> ScheduledStep | None:
+        """The next step, or None when nothing is waiting or running. `limit` is the governor's."""
         assert self._in_flight is None, "complete the step before"
-        budget = self.limits.max_step_tokens
+        limit = limit or StepBudget(self.limits.max_step_tokens, self.limits.max_num_seqs)
+        budget = min(self.limits.max_step_tokens, limit.max_tokens)
         num_preemptions = self._grow_decodes()
         chunks: list[Chunk] = []
-        for sequence in sorted(self._running, key=_is_prefill):  # stable: their order stays
+        for sequence in self._decodes_first():
             if budget == 0:
                 break
             chunks.append(_chunk(sequence, budget))
             budget -= chunks[-1].num_tokens
         hits = queries = 0
-        while budget > 0 and (admitted := self._admit_next()) is not None:
+        while budget > 0 and (admitted := self._admit_next(limit.max_running)) is not None:
             if admitted.admitted_s is None:
                 admitted.admitted_s = now_s
                 admitted.cached_tokens = admitted.num_computed
@@ -179,8 +193,8 @@ class Scheduler:
     # ---- facts ----------------------------------------------------------------------------------
 
     def load(self) -> LoadFigures:
-        decoding = [sequence for sequence in self._running if sequence.is_decoding]
-        uncomputed = sum(sequence.num_uncomputed for sequence in self._live.values())
+        decoding = [len(s.token_ids) for s in self._running if s.is_decoding]
+        uncomputed = sum([len(s.token_ids) - s.num_computed for s in self._live.values()])
         return LoadFigures(
             last_submission=self._last_arrival,
             blocks_total=self.pool.num_blocks,
@@ -190,7 +204,7 @@ class Scheduler:
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             prefill_backlog_tokens=uncomputed - len(decoding),
-            decode_kv_tokens=sum(sequence.num_tokens for sequence in decoding),
+            decode_kv_tokens=sum(decoding),
         )
 
     def check_integrity(self) -> None:
@@ -203,6 +217,13 @@ class Scheduler:
         for queue in (self._waiting, self._running):
             assert queue == sorted(queue, key=_order)
         assert len(self._running) <= self.limits.max_num_seqs
+
+    def _decodes_first(self) -> list[Sequence]:
+        decodes: list[Sequence] = []
+        prefills: list[Sequence] = []
+        for sequence in self._running:
+            (decodes if sequence.is_decoding else prefills).append(sequence)
+        return decodes + prefills
 
     # ---- admission ------------------------------------------------------------------------------
 
@@ -227,16 +248,21 @@ class Scheduler:
             permanent=permanent,
         )
 
-    def _admit_next(self) -> Sequence | None:
+    def _admit_next(self, max_running: int) -> Sequence | None:
         """Move the head of the line to running, with blocks for its known tokens; None if it must wait.
 
         What running sequences were promised is kept for them: without that, one that was just
         preempted would come back only to be preempted again.
         """
-        if not self._waiting or len(self._running) == self.limits.max_num_seqs:
+        if not self._waiting or len(self._running) >= min(max_running, self.limits.max_num_seqs):
             return None
         head = self._waiting[0]
+        if self._held_back == (head, self._num_departures):
+            return None
         self._holdings.hold_prefix(head)
+        if self._running and not self._growth.has_room(self._running, self._waiting):
+            self._held_back = (head, self._num_departures)
+            return None
         promised = sum(sequence.outstanding_blocks for sequence in self._running)
         missing = self.pool.blocks_for(head.num_tokens) - len(head.block_table)
         if not self._unpin_waiting(missing + promised, keep=head):
@@ -252,12 +278,9 @@ class Scheduler:
     def _grow_decodes(self) -> int:
         """A block for each decode whose last one is full; returns the preemptions that took."""
         num_preemptions = 0
-        for sequence in list(self._running):
-            if (
-                not sequence.is_decoding
-                or sequence.num_tokens <= len(sequence.block_table) * self.pool.block_tokens
-            ):
-                continue
+        block_tokens = self.pool.block_tokens
+        full = [s for s in self._running if len(s.token_ids) > len(s.block_table) * block_tokens]
+        for sequence in full:  # a prefill has blocks for all its tokens
             while sequence.state is SequenceState.RUNNING and not self._unpin_waiting(1):
                 self._preempt(self._choose_victim())
                 num_preemptions += 1
@@ -276,6 +299,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._holdings.drop(sequence)
         _remove(self._running, sequence)
+        self._num_departures += 1
         sequence.state = SequenceState.WAITING
         sequence.num_preemptions += 1
         sequence.tokens_when_preempted = sequence.num_tokens
@@ -297,7 +321,7 @@ class Scheduler:
     def _advance(self, sequence: Sequence, token_id: int | None, now_s: float) -> SequenceDelta | None:
         """One sequence after its chunk has run; `token_id` is None where no token was wanted."""
         if token_id is not None and token_id < 0:
-            self.pool.forget(sequence.block_table)  # its keys and values may be what went wrong
+            self._distrust(sequence)
             return self._finish(sequence, "error", NOT_FINITE)
         self._holdings.register_full(sequence)
         if sequence.is_aborted:
@@ -306,27 +330,38 @@ class Scheduler:
             return None
         sequence.append(token_id)
         times = sequence.times(now_s) if sequence.num_outputs == 1 else None
-        reason = self._reason_to_finish(sequence, token_id)
+        reason: FinishReason | None = None
+        if token_id in sequence.sampling.stop_token_ids:
+            reason = "stop"
+        elif len(sequence.token_ids) >= sequence.most_tokens:
+            reason = "length"
         if reason is not None:
             self._finish(sequence, reason)
         return SequenceDelta(
             request_id=sequence.request_id, token_ids=(token_id,), finish_reason=reason, times=times
         )
 
-    def _reason_to_finish(self, sequence: Sequence, token_id: int) -> FinishReason | None:
-        if token_id in sequence.sampling.stop_token_ids:
-            return "stop"
-        is_full = (
-            sequence.num_outputs >= sequence.sampling.max_tokens
-            or sequence.num_tokens >= self.limits.max_context_tokens
-            or self.pool.blocks_for(sequence.num_tokens) > self.pool.num_blocks
+    def _distrust(self, sequence: Sequence) -> None:
+        """Its keys and values may be what went wrong: nobody shall begin with them."""
+        self.pool.forget(sequence.block_table)
+        for waiting in self._waiting:
+            if waiting.block_table:
+                self._holdings.drop(waiting)
+
+    def _most_tokens(self, sequence: Sequence) -> int:
+        """With so many tokens it has all it asked for, or fills context or pool (the last needs no slot)."""
+        return min(
+            sequence.prompt_tokens + sequence.sampling.max_tokens,
+            self.limits.max_context_tokens,
+            self.pool.num_blocks * self.pool.block_tokens + 1,
         )
-        return "length" if is_full else None
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> SequenceDelta:
         self._holdings.close(sequence)
         is_waiting = sequence.state is SequenceState.WAITING
         _remove(self._waiting if is_waiting else self._running, sequence)
+        self._num_departures += not is_waiting
+        self._growth.observe(sequence, is_whole=reason == "stop")
         sequence.state = SequenceState.FINISHED
         del self._live[sequence.request_id]
         return SequenceDelta(
@@ -340,21 +375,13 @@ def _order(sequence: Sequence) -> tuple[int, int]:
     return sequence.order
 
 
-def _is_prefill(sequence: Sequence) -> bool:
-    return not sequence.is_decoding
-
-
 def _remove(queue: list[Sequence], sequence: Sequence) -> None:
     del queue[bisect_left(queue, sequence.order, key=_order)]
 
 
 def _chunk(sequence: Sequence, budget: int) -> Chunk:
-    num_uncomputed = sequence.num_uncomputed
+    start, num_uncomputed = sequence.num_computed, sequence.num_uncomputed
+    if num_uncomputed == 1:
+        return Chunk(sequence, start, 1, start >= sequence.prompt_tokens, True)
     num_tokens = min(budget, num_uncomputed)
-    return Chunk(
-        sequence=sequence,
-        start=sequence.num_computed,
-        num_tokens=num_tokens,
-        is_decode=sequence.is_decoding,
-        wants_token=num_tokens == num_uncomputed,
-    )
+    return Chunk(sequence, start, num_tokens, False, num_tokens == num_uncomputed)

@@ -14,8 +14,17 @@ import enum
 from array import array
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from serving.block_hash import hash_block
 from serving.messages import SamplingParams, SequenceTimes, Submit
+
+UINT64_MASK = 2**64 - 1
+INT32_MAX = 2**31 - 1
+SAMPLING_ROW = np.dtype(
+    [("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("min_p", "f4"), ("seed", "u8")]
+)
+"""A sequence's sampling controls, packed once: a step joins its sequences' rows."""
 
 
 class SequenceState(enum.Enum):
@@ -26,6 +35,13 @@ class SequenceState(enum.Enum):
 
 def _ints() -> array[int]:
     return array("i")
+
+
+def _sampling_row(params: SamplingParams) -> bytes:
+    """Wider integers than a row holds mean the same here: no limit, and a seed modulo 2^64."""
+    top_k, seed = min(params.top_k, INT32_MAX), params.seed & UINT64_MASK
+    row = (params.temperature, top_k, params.top_p, params.min_p, seed)
+    return np.array(row, dtype=SAMPLING_ROW).tobytes()
 
 
 @dataclass(slots=True, eq=False)
@@ -39,12 +55,14 @@ class Sequence:
     reserve_blocks: int
     priority: int
     block_tokens: int
+    sampling_row: bytes  # `sampling` as a SAMPLING_ROW
 
     token_ids: array[int] = field(default_factory=_ints)  # int32, prompt and outputs
     block_hashes: list[bytes] = field(default_factory=list)  # of every full block of token_ids
     block_table: array[int] = field(default_factory=_ints)  # int32
     num_computed: int = 0  # tokens whose keys and values are in the block table
     num_registered: int = 0  # leading blocks that need no further naming in the pool
+    most_tokens: int = 0  # the scheduler's limit: with so many it ends
     arrival: int = 0  # given by the scheduler when it accepts
     state: SequenceState = SequenceState.WAITING
     is_aborted: bool = False  # its step is in flight, and nobody wants its token
@@ -67,6 +85,7 @@ class Sequence:
             reserve_blocks=submit.reserve_blocks,
             priority=submit.priority,
             block_tokens=block_tokens,
+            sampling_row=_sampling_row(submit.sampling),
         )
         sequence.token_ids.extend(submit.token_ids)
         sequence._extend_hashes()
@@ -114,7 +133,8 @@ class Sequence:
 
     def append(self, token_id: int) -> None:
         self.token_ids.append(token_id)
-        self._extend_hashes()
+        if len(self.token_ids) % self.block_tokens == 0:
+            self._extend_hashes()
 
     def times(self, now_s: float) -> SequenceTimes:
         """Where the time until the first token, at `now_s`, went."""

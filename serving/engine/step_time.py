@@ -1,8 +1,12 @@
 """How long a step takes: a roofline prior, corrected by every step that was timed.
 
-    ms = base + per_token · tokens + per_kv_token · kv_tokens           (cluster.load.StepCoefficients)
+    ms = base + f(n) + per_kv_token · Σ(c_i + q_i) + per_logit · n_logits + per_pair · Σ q_i·(c_i + q_i/2)
 
-One such prediction sets the admission estimate, the router's score and the autoscaler's capacity.
+`f` is monotone and piecewise linear (cluster.load.StepCoefficients): a few tokens cost next to nothing
+beside the weights' bytes, many cost their FLOPs, and the kernels' tiles make what lies between.
+
+One such prediction sets the batch under a latency target (governor.py), the admission estimate, the
+router's score and the autoscaler's capacity.
 FLOPs and bytes are counted as in the roofline model (Williams, Waterman, Patterson 2009) for a
 decoder-only transformer:
 
@@ -17,28 +21,16 @@ decoder-only transformer:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from cluster.load import StepCoefficients
+from cluster.load import TOKEN_KNOTS, StepCoefficients
+from serving.engine.least_squares import Floats, OnlineFit
+from serving.engine.machine import Machine, Resource
 from serving.engine.scheduled_step import ScheduledStep
 from serving.model_spec import ModelSpec
 
-Floats = NDArray[np.floating[Any]]
-
 KV_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What a replica's ranks can do together. The default is two laptop cores."""
-
-    flops_per_s: float = 1e11
-    bytes_per_s: float = 2e10
-    step_overhead_ms: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,33 +76,27 @@ def step_bytes(spec: ModelSpec, shape: StepShape, weight_bytes: float, kv_bytes:
 
 
 def roofline_prior(spec: ModelSpec, machine: Machine, weight_bytes: float, kv_bytes: int) -> StepCoefficients:
-    """Coefficients before any step was timed: weights and KV at memory speed, tokens at compute speed.
+    """Coefficients before any step was timed: weights and KV at memory speed, the rest at compute speed.
 
     The sum of both, which bounds the roofline's maximum of both from above, by at most a factor 2.
     """
-    empty = StepShape(tokens=0, kv_tokens=0, num_logits=0, attention_pairs=0)
-    one_token = StepShape(tokens=1, kv_tokens=0, num_logits=0, attention_pairs=0)
-    kv_s = spec.kv_bytes_per_token(kv_bytes) / machine.bytes_per_s
+    token_ms = 1e3 * step_flops(spec, StepShape(1, 0, 0, 0)) / machine.flops_per_s
+    weights = step_bytes(spec, StepShape(0, 0, 0, 0), weight_bytes, kv_bytes)
     return StepCoefficients(
-        base_ms=machine.step_overhead_ms
-        + 1e3 * step_bytes(spec, empty, weight_bytes, kv_bytes) / machine.bytes_per_s,
-        per_token_ms=1e3 * step_flops(spec, one_token) / machine.flops_per_s,
-        per_kv_token_ms=1e3 * kv_s,
+        base_ms=machine.step_overhead_ms + 1e3 * weights / machine.bytes_per_s,
+        per_token_ms=token_ms,
+        per_kv_token_ms=1e3 * spec.kv_bytes_per_token(kv_bytes) / machine.bytes_per_s,
+        per_logit_ms=1e3 * step_flops(spec, StepShape(0, 0, 1, 0)) / machine.flops_per_s,
+        per_pair_ms=1e3 * step_flops(spec, StepShape(0, 0, 0, 1)) / machine.flops_per_s,
+        small_token_ms=(token_ms,) * len(TOKEN_KNOTS),
     )
 
 
 class StepTimeModel:
-    """Least squares over the relative errors of past steps, older ones forgotten exponentially.
+    """Predicts steps; begins as the roofline and learns from every one that was timed.
 
-    Recursive in information form: `A = Σ λ^age x·xᵀ` and `b = Σ λ^age x` with `x = features / ms`, so
-    that `θ = argmin Σ λ^age (θ·x - 1)²` costs the same at every step. A weak pull towards the fit before
-    (at first the roofline's) keeps a direction that the workload does not excite where it was last
-    known: after an hour without prefill its cost is neither forgotten nor free to drift. Coefficients
-    are kept non-negative.
+    The fit and its robustness are `least_squares.OnlineFit`'s.
     """
-
-    FORGETTING = 0.995  # a memory of about 200 steps
-    PULL = 1e-6  # towards the fit before, as a part of all that the steps say; also bounds the condition
 
     def __init__(
         self,
@@ -123,34 +109,34 @@ class StepTimeModel:
         self._spec = spec
         self._kv_bytes = KV_DTYPE_BYTES[kv_dtype]
         self._weight_bytes = float(self._kv_bytes) if weight_bytes is None else weight_bytes
-        prior = roofline_prior(spec, machine or Machine(), self._weight_bytes, self._kv_bytes)
-        self._coefficients = prior
-        self._prior = np.array([prior.base_ms, prior.per_token_ms, prior.per_kv_token_ms])
-        # In units of the prior θ is around 1, which keeps the 3 × 3 system well conditioned.
-        self._scaled: Floats = np.ones(3)
-        self._information = np.zeros((3, 3))
-        self._moment = np.zeros(3)
+        self.machine = machine or Machine()
+        self._coefficients = roofline_prior(spec, self.machine, self._weight_bytes, self._kv_bytes)
+        self._fit = OnlineFit(_vector(self._coefficients))
 
     @property
     def coefficients(self) -> StepCoefficients:
         """The present fit, all non-negative."""
         return self._coefficients
 
-    def predict_ms(self, tokens: int, kv_tokens: int) -> float:
-        return self._coefficients.predict_ms(tokens, kv_tokens)
+    @property
+    def usual_error(self) -> float:
+        """The median of the predictions' relative errors lately."""
+        return self._fit.usual_error
 
-    def observe(self, tokens: int, kv_tokens: int, ms: float) -> None:
-        """Learn that a step of these sizes took `ms`, which must be above 0."""
-        assert ms > 0
-        row = np.array([1.0, tokens, kv_tokens]) * self._prior / ms
-        self._information = self.FORGETTING * self._information + np.outer(row, row)
-        self._moment = self.FORGETTING * self._moment + row
-        pull = self.PULL * float(np.trace(self._information))
-        self._scaled = _non_negative_solution(
-            self._information + pull * np.eye(3), self._moment + pull * self._scaled
+    @property
+    def num_observations(self) -> int:
+        return self._fit.num_observations
+
+    def predict_ms(self, shape: StepShape) -> float:
+        return self._coefficients.predict_ms(
+            shape.tokens, shape.kv_tokens, shape.num_logits, shape.attention_pairs
         )
-        base_ms, per_token_ms, per_kv_token_ms = (self._scaled * self._prior).tolist()
-        self._coefficients = StepCoefficients(base_ms, per_token_ms, per_kv_token_ms)
+
+    def observe(self, shape: StepShape, ms: float) -> None:
+        """Learn that a step of this shape took `ms`, which must be above 0."""
+        self._fit.observe(_features(shape), ms)
+        base, token, kv, logit, pair, *small = self._fit.coefficients.tolist()
+        self._coefficients = StepCoefficients(base, token, kv, logit, pair, tuple(small))
 
     def flops(self, shape: StepShape) -> float:
         return step_flops(self._spec, shape)
@@ -162,23 +148,29 @@ class StepTimeModel:
         """FLOP per byte; above the machine's ridge point a step is bound by compute."""
         return self.flops(shape) / self.bytes_moved(shape)
 
+    def bound(self, shape: StepShape) -> Resource:
+        """The resource that such a step waits for."""
+        return self.machine.bound(self.flops(shape), self.bytes_moved(shape))
 
-def _non_negative_solution(matrix: Floats, vector: Floats) -> Floats:
-    """The minimum of `½ θᵀ·matrix·θ - vector·θ` over θ ≥ 0; `matrix` [3, 3] is positive definite.
 
-    Nearly always the free solution. Else one of the faces holds it: with three unknowns all are tried.
-    """
-    free: Floats = np.linalg.solve(matrix, vector)
-    if (free >= 0).all():
-        return free
-    best, best_value = np.zeros(3), 0.0
-    for size in (1, 2):
-        for face in combinations(range(3), size):
-            index = list(face)
-            part = np.linalg.solve(matrix[np.ix_(index, index)], vector[index])
-            value = -0.5 * float(part @ vector[index])
-            if (part >= 0).all() and value < best_value:
-                best = np.zeros(3)
-                best[index] = part
-                best_value = value
-    return best
+def _vector(prior: StepCoefficients) -> Floats:
+    """[F], in the order of `_features`."""
+    return np.array(
+        [
+            prior.base_ms,
+            prior.per_token_ms,
+            prior.per_kv_token_ms,
+            prior.per_logit_ms,
+            prior.per_pair_ms,
+            *prior.small_token_ms,
+        ]
+    )
+
+
+def _features(shape: StepShape) -> Floats:
+    """[F]: what each coefficient is multiplied with."""
+    low = (0, *TOKEN_KNOTS)
+    small = [max(0, min(shape.tokens, high) - low[i]) for i, high in enumerate(TOKEN_KNOTS)]
+    above = max(0, shape.tokens - TOKEN_KNOTS[-1])
+    sizes = [1.0, above, shape.kv_tokens, shape.num_logits, shape.attention_pairs, *small]
+    return np.array(sizes, dtype=np.float64)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
 
 from serving.engine.block_pool import BlockPool
+from serving.engine.growth import OutputGrowth
 from serving.engine.scheduled_step import ScheduledStep, build_plan
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.sequence import Sequence, SequenceState
@@ -54,6 +56,13 @@ def expected_outputs(
             return tuple(outputs), "length"
 
 
+class Blind(OutputGrowth):
+    """Expects nobody to go on."""
+
+    def has_room(self, running: Collection[Sequence], waiting: Collection[Sequence]) -> bool:
+        return True
+
+
 @dataclass
 class Harness:
     """One scheduler and executor; integrity is checked after everything that happens."""
@@ -63,6 +72,7 @@ class Harness:
     max_num_seqs: int = 8
     max_step_tokens: int = 16
     max_context_tokens: int = 1000
+    foresees: bool = False  # else it admits whatever fits now, so that small cases come under pressure
     is_poisoned: Callable[[tuple[int, ...]], bool] = lambda token_ids: False
     now_s: float = 0.0
     submits: dict[str, Submit] = field(default_factory=dict)
@@ -75,7 +85,8 @@ class Harness:
     def __post_init__(self) -> None:
         limits = SchedulerLimits(self.max_num_seqs, self.max_step_tokens, self.max_context_tokens)
         self.pool = BlockPool(self.num_blocks, self.block_tokens)
-        self.scheduler = Scheduler(self.pool, limits)
+        foresight = OutputGrowth if self.foresees else Blind
+        self.scheduler = Scheduler(self.pool, limits, foresight(self.pool, self.max_context_tokens))
         self.executor = FakeExecutor(self.num_blocks, self.block_tokens, VOCAB_SIZE, self.is_poisoned)
 
     def submit(self, submit: Submit) -> SubmitReply:
@@ -96,6 +107,7 @@ class Harness:
     def begin(self) -> ScheduledStep | None:
         """Schedule a step and leave it in flight."""
         before = {name: (s.state, s.num_preemptions, s.tokens_when_preempted) for name, s in self._live()}
+        decoding = {s for _, s in self._live() if s.state is SequenceState.RUNNING and s.is_decoding}
         self.in_flight = self.scheduler.schedule(self.now_s)
         self.scheduler.check_integrity()
         self._check_order({name for name, (state, *_) in before.items() if state is SequenceState.WAITING})
@@ -107,6 +119,9 @@ class Harness:
             self._take(self.scheduler.take_ends())
         else:
             self.steps.append(self.in_flight)
+            if len(decoding) <= self.max_step_tokens:
+                left_out = decoding - {chunk.sequence for chunk in self.in_flight.chunks}
+                assert all(s.state is SequenceState.WAITING for s in left_out), "a decode is left out"
             assert sum(chunk.num_tokens for chunk in self.in_flight.chunks) <= self.max_step_tokens
             assert all(chunk.num_tokens > 0 for chunk in self.in_flight.chunks)
         return self.in_flight

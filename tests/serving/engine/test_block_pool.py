@@ -14,7 +14,7 @@ def cached(pool: BlockPool, *names: int) -> list[int]:
     """Allocate, name and release one block a name; the blocks are then evictable."""
     blocks = pool.allocate(len(names))
     for block, index in zip(blocks, names, strict=True):
-        pool.register(block, name(index))
+        pool.register(block, name(index), name(0))
     pool.release(blocks)
     return blocks
 
@@ -107,7 +107,7 @@ class PoolMachine(RuleBasedStateMachine):
         unnamed = sorted({b for hold in self.holds for b in hold if b not in self.content})
         if unnamed:
             block = data.draw(st.sampled_from(unnamed))
-            self.pool.register(block, name(index))
+            self.pool.register(block, name(index), name(0))
             if name(index) not in self.content.values():
                 self.content[block] = name(index)
 
@@ -143,3 +143,10 @@ class PoolMachine(RuleBasedStateMachine):
 
 TestPoolMachine = PoolMachine.TestCase
 TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.full
+class TestTenThousandPools(PoolMachine.TestCase):
+    """The same, as long as it takes to be sure."""
+
+    settings = settings(max_examples=10_000, stateful_step_count=30, deadline=None)

@@ -145,7 +145,9 @@ def test_stats_say_what_the_step_did():
     stats = engine.step().stats
     shape = StepShape(tokens=8, kv_tokens=13, num_logits=1, attention_pairs=30.0)
     assert (stats.step_ms, stats.schedule_ms) == pytest.approx((8.0, 4.0))
-    assert stats.predicted_ms == before.predict_ms(8, 13)
+    assert stats.predicted_ms == before.predict_ms(8, 13, 1, 30.0)
+    assert stats.floor_ms == model.machine.floor_ms(stats.flops, stats.bytes_moved)
+    assert (stats.ridge_flop_per_byte, stats.bound) == (model.machine.ridge_flop_per_byte, "memory")
     assert (stats.batch_size, stats.prefill_tokens, stats.decode_tokens) == (2, 7, 1)
     assert (stats.flops, stats.bytes_moved) == (model.flops(shape), model.bytes_moved(shape))
     assert (stats.prefix_hit_tokens, stats.prefix_query_tokens, stats.num_preemptions) == (0, 10, 0)

@@ -1,6 +1,7 @@
 """Laws that hold on any trace of submits, aborts and steps. The harness checks integrity throughout."""
 
 import msgspec
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,6 +40,7 @@ def harnesses(draw):
         max_num_seqs=draw(st.integers(1, 5)),
         max_step_tokens=draw(st.integers(1, 24)),
         max_context_tokens=draw(st.sampled_from([24, 1000])),
+        foresees=draw(st.booleans()),
     )
 
 
@@ -60,10 +62,8 @@ def submit_lawfully(harness, submit):
     return reply
 
 
-@settings(max_examples=250, deadline=None)
-@given(harnesses(), requests(), st.data())
-def test_every_accepted_request_ends_once_with_the_outputs_it_has_alone(harness, submits, data):
-    """Whatever the pool, the budget, the order of events and the aborts: nothing lost, leaked or mixed."""
+def run_any_trace(harness, submits, data):
+    """Submits, aborts and steps in any order, then all to the end. The harness asserts the laws."""
     left = list(submits)
     for _ in range(data.draw(st.integers(0, 40))):
         event = data.draw(st.sampled_from(["submit", "abort", "step", "begin", "step"]))
@@ -81,6 +81,21 @@ def test_every_accepted_request_ends_once_with_the_outputs_it_has_alone(harness,
         submit_lawfully(harness, submit)
     harness.run()
     harness.check_outputs()
+
+
+@settings(max_examples=250, deadline=None)
+@given(harnesses(), requests(), st.data())
+def test_every_accepted_request_ends_once_with_the_outputs_it_has_alone(harness, submits, data):
+    """Whatever the pool, the budget, the order of events and the aborts: nothing lost, leaked or mixed."""
+    run_any_trace(harness, submits, data)
+
+
+@pytest.mark.full
+@settings(max_examples=10_000, deadline=None)
+@given(harnesses(), requests(), st.data())
+def test_the_same_on_ten_thousand_traces(harness, submits, data):
+    """Conservation of blocks, readers' counts, order, decodes first, bounded preemption, everyone's end."""
+    run_any_trace(harness, submits, data)
 
 
 @settings(max_examples=80, deadline=None)
@@ -106,10 +121,11 @@ def test_the_prefix_cache_changes_no_output(submits, num_blocks, block_tokens, m
     st.lists(st.tuples(st.integers(1, 24), st.integers(1, 40), st.integers(0, 1)), min_size=2, max_size=6),
     st.integers(7, 14),
     st.integers(2, 12),
+    st.booleans(),
 )
-def test_nobody_is_preempted_twice_without_a_token_between(shapes, num_blocks, max_step_tokens):
+def test_nobody_is_preempted_twice_without_a_token_between(shapes, num_blocks, max_step_tokens, foresees):
     """Under hard pressure, when all grow and nobody reserved, work still moves on (the harness looks)."""
-    harness = Harness(num_blocks, max_step_tokens=max_step_tokens)
+    harness = Harness(num_blocks, max_step_tokens=max_step_tokens, foresees=foresees)
     for index, (prompt_tokens, max_tokens, priority) in enumerate(shapes):
         prompt = tuple(range(index, index + prompt_tokens))
         harness.submit(request(str(index), prompt, max_tokens=max_tokens, priority=priority))

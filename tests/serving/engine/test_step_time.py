@@ -1,17 +1,12 @@
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.engine.step_time import (
-    Machine,
-    StepShape,
-    StepTimeModel,
-    _non_negative_solution,
-    roofline_prior,
-    step_bytes,
-    step_flops,
-)
+from serving.engine.least_squares import OnlineFit, non_negative_solution
+from serving.engine.machine import Machine
+from serving.engine.step_time import StepShape, StepTimeModel, roofline_prior, step_bytes, step_flops
 from serving.model_spec import ModelSpec
 from tests.serving.engine.harness import Harness, request
 
@@ -100,97 +95,160 @@ def test_arithmetic_intensity_grows_with_the_batch_and_falls_with_context():
     assert model.arithmetic_intensity(long) < model.arithmetic_intensity(many) / 2
 
 
+def test_the_binding_resource_changes_at_the_ridge_point():
+    """One stream waits for memory, a long prefill for compute; the floor is the slower of the two."""
+    model = StepTimeModel(SMOLLM2, "bfloat16", Machine(flops_per_s=4e11, bytes_per_s=4e10))
+    assert model.machine.ridge_flop_per_byte == 10.0
+    one, prefill = shape_of([(1, 100, 1)]), shape_of([(512, 0, 1)])
+    assert (model.bound(one), model.bound(prefill)) == ("memory", "compute")
+    for shape in (one, prefill):
+        flops, moved = model.flops(shape), model.bytes_moved(shape)
+        assert model.machine.floor_ms(flops, moved) == pytest.approx(1e3 * max(flops / 4e11, moved / 4e10))
+
+
 def test_the_prior_is_within_twice_the_roofline():
-    """At every shape the linear prior lies between the roofline's maximum and its double."""
+    """At every shape the prior lies between the roofline's maximum and its double."""
     machine = Machine(flops_per_s=1e12, bytes_per_s=1e11, step_overhead_ms=0.0)
     prior = roofline_prior(SMOLLM2, machine, weight_bytes=2, kv_bytes=2)
     for sequences in ([(1, 100, 1)], [(1, 2000, 1)] * 16, [(256, 0, 1)], [(64, 64, 0)] * 8):
         shape = shape_of(sequences)
-        compute_ms = 1e3 * step_flops(SMOLLM2, shape) / machine.flops_per_s
-        memory_ms = 1e3 * step_bytes(SMOLLM2, shape, 2, 2) / machine.bytes_per_s
-        predicted = prior.predict_ms(shape.tokens, shape.kv_tokens)
-        # Logits, attention and activations, a tenth or so here, have no coefficient of their own.
-        assert 0.7 * max(compute_ms, memory_ms) < predicted < 2 * max(compute_ms, memory_ms)
+        floor_ms = machine.floor_ms(step_flops(SMOLLM2, shape), step_bytes(SMOLLM2, shape, 2, 2))
+        predicted = prior.predict_ms(shape.tokens, shape.kv_tokens, shape.num_logits, shape.attention_pairs)
+        assert 0.9 * floor_ms < predicted < 2 * floor_ms  # activations have no coefficient
 
 
 def mixed_steps(rng, count):
-    """Sizes as a server sees them: decodes of many widths, some with a prefill chunk."""
+    """Steps as a server sees them: decodes of many widths, some with prefill chunks."""
     for _ in range(count):
         batch = int(rng.integers(1, 64))
-        prefill = int(rng.integers(0, 512)) * int(rng.integers(0, 2))
-        yield batch + prefill, batch * int(rng.integers(10, 2000)) + prefill
+        decodes = [(1, int(rng.integers(10, 2000)), 1) for _ in range(batch)]
+        prefills = [(int(rng.integers(1, 256)), 0, 1) for _ in range(int(rng.integers(0, 3)))]
+        yield shape_of(decodes + prefills)
+
+
+def law(shape):
+    """A machine of ours: memory binds below 24 tokens, compute above; attention and logits besides."""
+    gemm = max(6.0, 0.25 * shape.tokens)
+    return 1.0 + gemm + 2e-4 * shape.kv_tokens + 0.1 * shape.num_logits + 1e-5 * shape.attention_pairs
+
+
+def errors_after(model, rng, warm_up, time_of, count=200):
+    for shape in mixed_steps(rng, warm_up):
+        model.observe(shape, time_of(shape))
+    return np.array([abs(model.predict_ms(s) / law(s) - 1) for s in mixed_steps(rng, count)])
 
 
 @pytest.mark.parametrize("machine_is_off_by", [0.01, 1.0, 100.0])
-def test_it_recovers_the_machine_from_timed_steps(machine_is_off_by):
-    """However wrong the prior, 300 steps with 5 % noise give every coefficient within 5 %."""
-    true = np.array([3.0, 0.05, 2e-4])
-    machine = Machine(1e11 * machine_is_off_by, 2e10 * machine_is_off_by, 1.0)
-    model = StepTimeModel(SMOLLM2, "bfloat16", machine)
+def test_it_learns_a_machine_from_timed_steps(machine_is_off_by):
+    """However wrong the prior, after 200 steps with 5 % noise: median error 5 %, 95 of 100 below 15 %."""
+    model = StepTimeModel(
+        SMOLLM2, "bfloat16", Machine(1e11 * machine_is_off_by, 2e10 * machine_is_off_by, 1.0)
+    )
     rng = np.random.default_rng(7)
-    for tokens, kv_tokens in mixed_steps(rng, 300):
-        ms = true @ [1, tokens, kv_tokens] * rng.normal(1, 0.05)
-        model.observe(tokens, kv_tokens, ms)
-    fitted = model.coefficients
-    assert [fitted.base_ms, fitted.per_token_ms, fitted.per_kv_token_ms] == pytest.approx(true, rel=0.05)
+    errors = errors_after(model, rng, 200, lambda shape: law(shape) * rng.normal(1, 0.05))
+    assert np.median(errors) < 0.05 and np.quantile(errors, 0.95) < 0.15
+
+
+def test_a_bend_in_the_cost_of_tokens_is_learnt():
+    """One straight line through a batch's tokens cannot tell both 1 and 64; the knots can."""
+    model = StepTimeModel(SMOLLM2, "bfloat16")
+    rng = np.random.default_rng(7)
+    errors_after(model, rng, 600, law)
+    for batch in (1, 4, 16, 64):
+        shape = shape_of([(1, 200, 1)] * batch)
+        assert model.predict_ms(shape) == pytest.approx(law(shape), rel=0.06)
+
+
+def test_interrupted_steps_do_not_move_it():
+    """One step in fifteen that takes five times as long leaves the others' predictions within 6 %."""
+    rng = np.random.default_rng(7)
+
+    def interrupted(shape):
+        return law(shape) * rng.normal(1, 0.02) * (5.0 if rng.random() < 1 / 15 else 1.0)
+
+    errors = errors_after(StepTimeModel(SMOLLM2, "bfloat16"), rng, 400, interrupted)
+    assert np.median(errors) < 0.06
 
 
 def test_it_follows_a_machine_that_slows_down():
-    """Old steps are forgotten: after five times its memory it predicts the new speed within 3 %."""
+    """Thirty steps after the machine became half as fast, most of the error is gone; after 300, all."""
     model = StepTimeModel(SMOLLM2, "bfloat16")
     rng = np.random.default_rng(7)
-    for slowdown in (1.0, 2.0):
-        for tokens, kv_tokens in mixed_steps(rng, 1000):
-            model.observe(tokens, kv_tokens, slowdown * (3 + 0.05 * tokens + 2e-4 * kv_tokens))
-    assert model.predict_ms(100, 10_000) == pytest.approx(2 * 10.0, rel=0.03)
+    errors_after(model, rng, 500, law)
+    for steps, most in ((30, 0.15), (270, 0.04)):
+        for shape in mixed_steps(rng, steps):
+            model.observe(shape, 2 * law(shape))
+        errors = [abs(model.predict_ms(s) / (2 * law(s)) - 1) for s in mixed_steps(rng, 100)]
+        assert np.median(errors) < most
 
 
 def test_one_shape_alone_is_learnt_without_drift():
     """A lone sequence fixes one sum of the coefficients; what it says nothing of stays near the prior."""
     model = StepTimeModel(SMOLLM2, "bfloat16")
     before = model.coefficients
+    one = shape_of([(1, 50, 1)])
     for _ in range(3000):
-        model.observe(1, 50, 40.0)
-    assert model.predict_ms(1, 50) == pytest.approx(40.0, rel=0.01)
-    assert model.coefficients.per_kv_token_ms == pytest.approx(before.per_kv_token_ms, rel=0.2)
+        model.observe(one, 40.0)
+    assert model.predict_ms(one) == pytest.approx(40.0, rel=0.01)
+    assert model.coefficients.per_token_ms == pytest.approx(before.per_token_ms, rel=0.2)
+    assert model.usual_error < 0.01
 
 
 def test_the_cost_of_prefill_survives_a_long_time_without_any():
     """Twenty memories of one decode shape later, a prefill is still predicted as it was last seen."""
     model = StepTimeModel(SMOLLM2, "bfloat16", Machine(1e9, 1e9, 1.0))
     rng = np.random.default_rng(7)
-    for tokens, kv_tokens in mixed_steps(rng, 400):
-        model.observe(tokens, kv_tokens, 3 + 0.05 * tokens + 2e-4 * kv_tokens)
+    errors_after(model, rng, 400, law)
+    decodes, prefill = shape_of([(1, 1000, 1)] * 4), shape_of([(400, 0, 1)])
     for _ in range(4000):
-        model.observe(4, 4000, (3 + 0.05 * 4 + 2e-4 * 4000) * rng.normal(1, 0.05))
-    assert model.predict_ms(512, 512) == pytest.approx(3 + 0.05 * 512 + 2e-4 * 512, rel=0.1)
+        model.observe(decodes, law(decodes) * rng.normal(1, 0.05))
+    assert model.predict_ms(prefill) == pytest.approx(law(prefill), rel=0.15)
 
 
 STEPS = st.lists(
-    st.tuples(st.integers(1, 4096), st.integers(1, 10**6), st.floats(1e-3, 1e5)), min_size=1, max_size=30
-)
+    st.tuples(
+        st.integers(1, 4096), st.integers(1, 10**6), st.integers(0, 512), st.floats(0, 1e9),
+        st.floats(1e-3, 1e5),
+    ),
+    min_size=1, max_size=30,
+)  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_no_timing_makes_a_prediction_negative(steps):
-    """Coefficients stay finite and non-negative whatever the clock says, so predictions do."""
+    """Coefficients stay finite and non-negative whatever the clock says, so predictions do, and grow."""
     model = StepTimeModel(SMOLLM2, "float32")
-    for tokens, kv_tokens, ms in steps:
-        model.observe(tokens, kv_tokens, ms)
+    for *sizes, ms in steps:
+        model.observe(StepShape(*sizes), ms)
         fitted = model.coefficients
-        values = np.array([fitted.base_ms, fitted.per_token_ms, fitted.per_kv_token_ms])
+        *linear, small = msgspec.structs.astuple(fitted)
+        values = np.array([*linear, *small])
         assert np.isfinite(values).all() and (values >= 0).all()
+        assert np.isfinite(model.usual_error)
 
 
-@settings(max_examples=80, deadline=None)
-@given(st.integers(0, 2**32))
-def test_the_fit_is_the_constrained_minimum(seed):
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 9), st.booleans())
+def test_the_fit_is_the_constrained_minimum(seed, size, is_guessed):
     """Karush, Kuhn and Tucker: on the bound the gradient points outward, off it there is none."""
     rng = np.random.default_rng(seed)
-    root = rng.normal(size=(3, 3))
-    matrix, vector = root @ root.T + 0.1 * np.eye(3), rng.normal(size=3)
-    solution = _non_negative_solution(matrix, vector)
+    root = rng.normal(size=(size, size))
+    matrix, vector = root @ root.T + 0.1 * np.eye(size), rng.normal(size=size)
+    guess = rng.random(size) < 0.5 if is_guessed else np.ones(size, dtype=bool)
+    solution = non_negative_solution(matrix, vector, guess)
     gradient = matrix @ solution - vector
-    assert (solution >= 0).all() and (gradient > -1e-9).all()
-    assert np.abs(solution * gradient).max() < 1e-9
+    assert (solution >= 0).all() and (gradient > -1e-8).all()
+    assert np.abs(solution * gradient).max() < 1e-8
+
+
+def test_the_usual_error_is_that_of_the_observations():
+    """Targets with 10 % normal noise: the tracked median error is near 0.67 standard deviations."""
+    rng = np.random.default_rng(7)
+    fit = OnlineFit(np.ones(2))
+    tracked = []
+    for _ in range(1500):
+        features = np.array([1.0, rng.uniform(0, 10)])
+        fit.observe(features, float(features @ [3.0, 2.0]) * rng.normal(1, 0.1))
+        tracked.append(fit.usual_error)
+    assert np.mean(tracked[500:]) == pytest.approx(0.0675, rel=0.3)

@@ -1,0 +1,122 @@
+"""How many KV blocks a rank's pool gets, and why. Pure.
+
+    activations = n · (4·d + (H + 2·Hkv)·hd + 3·f) · 4 bytes        of the widest step, one layer at a time
+    logits      = 4 · S · V · 4 bytes                               drawn from by copies: sorted, summed
+    usable      = free after loading the weights - activations - logits - 2 % of what is free
+    blocks      = min(usable, limit) / bytes a block
+
+with n tokens and S sequences at most in a step; d, H, Hkv, hd, f, V as in `step_time`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from serving.errors import ConfigError
+from serving.model_spec import ModelSpec
+
+SAFETY_SHARE = 0.02
+"""Of free memory, left to the allocator and to what else the process needs."""
+
+DEFAULT_CPU_KV_BYTES = 1 << 30
+"""The pool's limit on a CPU, where other programs want memory too."""
+
+_VALUE_BYTES = 4  # activations are computed in float32 at most
+_LOGIT_COPIES = 4
+
+
+def step_peak_bytes(spec: ModelSpec, max_step_tokens: int, max_num_seqs: int) -> tuple[int, int]:
+    """What the largest step needs besides weights and KV: activations, logits."""
+    heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    widths = 4 * spec.hidden_size + heads + 3 * spec.intermediate_size
+    activations = max_step_tokens * widths * _VALUE_BYTES
+    logits = _LOGIT_COPIES * min(max_num_seqs, max_step_tokens) * spec.vocab_size * _VALUE_BYTES
+    return activations, logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """One rank's memory once its weights are loaded, and what it is asked to keep of it for KV."""
+
+    free_bytes: int
+    activation_bytes: int
+    logits_bytes: int
+    block_bytes: int
+    kv_blocks: int | None = None  # so many, or an error
+    limit_bytes: int | None = None  # else as many as fit, at most this
+
+    @property
+    def safety_bytes(self) -> int:
+        return int(self.free_bytes * SAFETY_SHARE)
+
+    @property
+    def usable_bytes(self) -> int:
+        kept = self.activation_bytes + self.logits_bytes + self.safety_bytes
+        return max(0, self.free_bytes - kept)
+
+    @property
+    def fitting_blocks(self) -> int:
+        return self.usable_bytes // self.block_bytes
+
+
+@dataclass(frozen=True)
+class KvSizing:
+    """A pool's size, with its reasons."""
+
+    num_blocks: int
+    memory: RankMemory
+    fitting_blocks: int  # on the tightest rank
+
+    def lines(self, block_tokens: int) -> list[str]:
+        """The sizing told step by step, sums in MiB."""
+        memory = self.memory
+        tokens = self.num_blocks * block_tokens
+        return [
+            f"free once the weights are loaded          {_mib(memory.free_bytes):>10}",
+            f"- activations of the widest step          {_mib(memory.activation_bytes):>10}",
+            f"- logits and their copies                 {_mib(memory.logits_bytes):>10}",
+            f"- safety, {SAFETY_SHARE:.0%} of what is free            {_mib(memory.safety_bytes):>10}",
+            f"= usable for KV                           {_mib(memory.usable_bytes):>10}",
+            f"a block of {block_tokens} tokens                      {memory.block_bytes / 1024:>6.0f} KiB",
+            f"blocks that fit the tightest rank         {self.fitting_blocks:>10}",
+            f"{self._why():<42}{self.num_blocks:>10}",
+            f"= context tokens at a time                {tokens:>10}",
+        ]
+
+    def _why(self) -> str:
+        memory = self.memory
+        if memory.kv_blocks is not None:
+            return "blocks, as kv_blocks says"
+        if memory.limit_bytes is not None and self.num_blocks < self.fitting_blocks:
+            return f"blocks, within the limit of {_mib(memory.limit_bytes)}"
+        return "blocks, all that fit"
+
+
+def size_pool(memory: RankMemory, tightest_blocks: int) -> KvSizing:
+    """The pool's blocks, the same on every rank; `tightest_blocks` fit the rank with the least room.
+
+    Raises ConfigError when the blocks asked for do not fit, and when not one does.
+    """
+    wanted, limit = memory.kv_blocks, memory.limit_bytes
+    if wanted is None:
+        wanted = tightest_blocks
+        if limit is not None:
+            wanted = min(wanted, limit // memory.block_bytes)
+    if 0 < wanted <= tightest_blocks:
+        return KvSizing(wanted, memory, tightest_blocks)
+    if memory.kv_blocks is None and tightest_blocks > 0:
+        raise ConfigError(
+            f"kv_memory_bytes: {limit} does not hold one KV block of {memory.block_bytes} bytes; raise it"
+        )
+    kept = memory.activation_bytes + memory.logits_bytes
+    needed = (max(wanted, 1) * memory.block_bytes + kept) / (1 - SAFETY_SHARE)
+    raise ConfigError(
+        f"kv_blocks: {max(wanted, 1)} blocks of {memory.block_bytes} bytes need {needed / 2**20:.1f} MiB "
+        f"free on every rank, {kept / 2**20:.1f} MiB of it for a step's activations and logits; this rank has "
+        f"{memory.free_bytes / 2**20:.1f} MiB, and {tightest_blocks} blocks fit the tightest rank. Lower "
+        "kv_blocks, max_step_tokens or max_num_seqs, free memory, or take a smaller model or dtype"
+    )
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.0f} MiB"
