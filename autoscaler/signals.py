@@ -16,6 +16,7 @@ neither percentage alone can size it.
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -87,20 +88,24 @@ def _busy_replicas(demand: Demand, loads: list[ReplicaLoad], targets: Targets) -
 
 def _prefill_token_ms(load: ReplicaLoad) -> float:
     """A full step's time over its tokens."""
-    return load.step.predict_ms(load.max_step_tokens, load.decode_kv_tokens) / load.max_step_tokens
+    kv_tokens = load.decode_kv_tokens
+    return load.step.predict_ms(load.max_step_tokens, kv_tokens, 0, kv_tokens) / load.max_step_tokens
 
 
 def _decode_token_ms(load: ReplicaLoad, tpot_ms: float) -> float:
     """A decode step's time over its sequences, at the largest batch whose step meets `tpot_ms`.
 
-    `base + batch * (per_token + per_kv_token * context) <= tpot_ms`, the context as long as those now
-    decoding are on average. A present batch of 1 would charge each token a whole read of the weights.
+    The contexts are as long as those now decoding are on average. A present batch of 1 would charge each
+    token a whole read of the weights.
     """
     context_tokens = load.decode_kv_tokens / load.num_running if load.num_running else 0.0
-    a_sequence_ms = load.step.per_token_ms + load.step.per_kv_token_ms * context_tokens
-    fitting = math.floor((tpot_ms - load.step.base_ms) / a_sequence_ms) if a_sequence_ms > 0 else math.inf
-    batch = max(1, min(fitting, load.max_step_tokens))
-    return load.step.base_ms / batch + a_sequence_ms
+
+    def step_ms(batch: int) -> float:
+        return load.step.decode_ms(batch, math.floor(batch * context_tokens))
+
+    batches = range(1, load.max_step_tokens + 1)
+    batch = max(1, bisect.bisect_right(batches, tpot_ms, key=step_ms))
+    return step_ms(batch) / batch
 
 
 def _ceil(replicas: float) -> int:

@@ -4,20 +4,45 @@ from __future__ import annotations
 
 import msgspec
 
+TOKEN_KNOTS = (4, 16, 64)
+"""Where a step's cost a token may change: up to some batch the weights' bytes bind, beyond it FLOPs."""
+
 
 class StepCoefficients(msgspec.Struct, frozen=True, array_like=True):
-    """A step's predicted milliseconds: `base + per_token * tokens + per_kv_token * kv_tokens`.
+    """A step's predicted milliseconds, of its sizes; every coefficient is 0 or more.
 
-    `tokens` is the number of new tokens in the step (prefill and decode alike), `kv_tokens` the
-    context tokens whose keys and values the step reads.
+        base + tokens' cost + per_kv_token * kv_tokens + per_logit * num_logits + per_pair * attention_pairs
+
+    `tokens` is the number of new tokens in the step (prefill and decode alike); their cost is linear
+    between the knots: the first 4, the next 12 and the next 48 of them take `small_token_ms[0..2]` each,
+    all further ones `per_token_ms` (all of them, without `small_token_ms`). `kv_tokens` is the context
+    tokens whose keys and values the step reads, `num_logits` the tokens it draws, and `attention_pairs`
+    the pairs of a new token with one of its context.
     """
 
     base_ms: float
     per_token_ms: float
     per_kv_token_ms: float
+    per_logit_ms: float = 0.0
+    per_pair_ms: float = 0.0
+    small_token_ms: tuple[float, ...] = ()
 
-    def predict_ms(self, tokens: int, kv_tokens: int) -> float:
-        return self.base_ms + self.per_token_ms * tokens + self.per_kv_token_ms * kv_tokens
+    def predict_ms(
+        self, tokens: int, kv_tokens: int, num_logits: int = 0, attention_pairs: float = 0.0
+    ) -> float:
+        ms = self.base_ms + self.per_kv_token_ms * kv_tokens
+        ms += self.per_logit_ms * num_logits + self.per_pair_ms * attention_pairs
+        counted = 0
+        for knot, token_ms in zip(TOKEN_KNOTS, self.small_token_ms, strict=False):
+            if tokens <= knot:
+                return ms + token_ms * (tokens - counted)
+            ms += token_ms * (knot - counted)
+            counted = knot
+        return ms + self.per_token_ms * (tokens - counted)
+
+    def decode_ms(self, batch_size: int, kv_tokens: int) -> float:
+        """A step in which so many sequences, with so many context tokens in all, get a token each."""
+        return self.predict_ms(batch_size, kv_tokens, batch_size, kv_tokens)
 
 
 class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,8 @@
-"""The `searoom` command: `up`, `down`, `status`, `chat`, `deploy`."""
+"""The `searoom` command: `up`, `down`, `status`, `chat`, `deploy`, `doctor`."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from serving.chat import stream_answer
 from serving.config import application_of, parse_config
 from serving.deploy import deploy_application
 from serving.errors import ConfigError, SearoomError
+from serving.host import findings, read_host
 from serving.status import print_status
 from serving.up import KEY_VARIABLE, UpOptions, run_up
 
@@ -44,6 +46,9 @@ def up(
     kv_blocks: Annotated[
         int | None, typer.Option(min=1, help="KV blocks a replica. Default: measured.")
     ] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option(min=1, help="Keep a stream's mean time a token within this.")
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port of the endpoint.")] = 8000,
     dashboard_port: Annotated[int, typer.Option(min=1, max=65535)] = 8265,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster; do not start one.")] = None,
@@ -63,6 +68,7 @@ def up(
             tp=tp,
             dtype=dtype,
             kv_blocks=kv_blocks,
+            tpot_ms=tpot_ms,
             port=port,
             dashboard_port=dashboard_port,
             address=address,
@@ -127,6 +133,27 @@ def deploy(config: Path) -> None:
     args = application.get("args") or {}
     parse_config(args, str(config))
     deploy_application(build(args), serve_config, application, console)
+
+
+@app.command()
+def doctor(
+    engine: Annotated[
+        bool, typer.Option("--engine", help="Also load the model: KV sizing, rates, decode speed.")
+    ] = False,
+    model: Annotated[str, typer.Option(help="A folder, a .gguf file or a hub id.")] = "embedded",
+    dtype: Annotated[str, typer.Option(help="As in the config.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: all cores.")] = None,
+) -> None:
+    """Say what this machine gives an engine, and what would make it faster."""
+    if not engine:
+        for finding in findings(read_host(), threads):
+            console.print(str(finding), highlight=False, markup=False, soft_wrap=True)
+        return
+    # Torch comes with these, and would slow down every other command.
+    setup = importlib.import_module("serving.bench.engine.offline").EngineSetup(
+        source=model, dtype=dtype, threads=threads
+    )
+    importlib.import_module("serving.doctor").run(setup, console)
 
 
 def _serving() -> running.Running:

@@ -214,6 +214,21 @@ BYTES_MOVED = _counter(
 ARITHMETIC_INTENSITY = _gauge(
     "arithmetic_intensity_flop_per_byte", "FLOP/By", "FLOP a byte moved in the last step.", REPLICA_TAGS
 )
+RIDGE_POINT = _gauge(
+    "ridge_point_flop_per_byte",
+    "FLOP/By",
+    "The arithmetic intensity above which compute binds: the machine's measured FLOP/s over bytes/s.",
+    REPLICA_TAGS,
+)
+COMPUTE_BOUND = _gauge(
+    "compute_bound", "1", "1 when compute bound the last step, 0 when memory did.", REPLICA_TAGS
+)
+ROOFLINE_RATIO = _gauge(
+    "roofline_ratio",
+    "1",
+    "The least time the machine's rates allow the last step, over what it took.",
+    REPLICA_TAGS,
+)
 REPLICA_SERIES = (
     REFUSALS,
     KV_BLOCKS_USED,
@@ -229,6 +244,9 @@ REPLICA_SERIES = (
     FLOPS,
     BYTES_MOVED,
     ARITHMETIC_INTENSITY,
+    RIDGE_POINT,
+    COMPUTE_BOUND,
+    ROOFLINE_RATIO,
 )
 
 # GPUs of a node, from cluster.telemetry. `gpu` is the index NVML gives it.

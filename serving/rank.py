@@ -20,11 +20,11 @@ from typing import Any
 import msgspec
 
 from serving.config import EngineConfig, ModelConfig
-from serving.engine.block_pool import BlockPool
+from serving.engine.assembly import build_engine
 from serving.engine.engine import Engine, EngineIdentity
 from serving.engine.executor import ExecutorOptions
-from serving.engine.scheduler import Scheduler, SchedulerLimits
-from serving.engine.step_time import StepTimeModel
+from serving.engine.machine import Machine
+from serving.engine.scheduler import SchedulerLimits
 from serving.errors import ConfigError
 from serving.messages import StepFrame, Submit, decode, encode
 from serving.model_files import resolve
@@ -100,6 +100,8 @@ class Rank:
                 block_tokens=config.block_tokens,
                 kv_blocks=config.kv_blocks,
                 kv_memory_bytes=config.kv_memory_bytes,
+                max_step_tokens=config.max_step_tokens,
+                max_num_seqs=config.max_num_seqs,
                 rank=identity.rank,
                 world_size=identity.world_size,
                 rendezvous=rendezvous,
@@ -108,22 +110,25 @@ class Rank:
         )
         if identity.rank > 0:
             return
-        pool = BlockPool(self._executor.num_blocks, config.block_tokens)
         limits = SchedulerLimits(
             max_num_seqs=config.max_num_seqs,
             max_step_tokens=config.max_step_tokens,
             max_context_tokens=spec.context_tokens,
         )
-        self._engine = Engine(
-            Scheduler(pool, limits),
+        self._engine = build_engine(
             self._executor,
-            StepTimeModel(spec, self._executor.kv_dtype),
+            spec,
+            limits,
             EngineIdentity(
                 replica_id=identity.replica_id,
                 model=self._model.name or files.name,
                 region=identity.region,
                 epoch=time.time_ns() // 1_000_000,
             ),
+            block_tokens=config.block_tokens,
+            kv_dtype=self._executor.kv_dtype,
+            tpot_ms=config.tpot_ms,
+            machine=_measured_machine(dtype, config.device, identity),
         )
 
     def _run_steps(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -172,3 +177,15 @@ def _executor_factory(path: str) -> Callable[[ExecutorOptions], Any]:
     except (ImportError, AttributeError) as missing:
         raise ConfigError(f"engine.executor: {path!r} cannot be imported: {missing}") from missing
     return factory
+
+
+def _measured_machine(dtype: str, device: str, identity: RankIdentity) -> Machine:
+    """What the group's ranks can do together, were each alone like this one; a tenth of a second.
+
+    Imported here because it brings torch, and the ModelReplica, which imports this module, has none.
+    """
+    flops_per_s, bytes_per_s = importlib.import_module("kernels.machine").measure(dtype, device)
+    return Machine(
+        flops_per_s=flops_per_s * identity.world_size,
+        bytes_per_s=bytes_per_s * identity.world_size / identity.ranks_on_node,
+    )

@@ -9,11 +9,11 @@ take turns). A prefix match shortens the work, never the demand: the matched blo
 evictable the moment they are used, so they leave `evictable` as they leave the demand.
 
     c          = max_step_tokens - running               tokens of prefill that fit in a step
-    chunk_ms   = step time of the running decodes alone
-    under_way  = chunk_ms while anything runs, else 0    the step that is on the GPU now
-    prefill(n) = ceil(n / c) * chunk_ms + n * per_token_ms
+    T(m)       = step time of the running decodes beside m tokens of prefill
+    under_way  = T(0) while anything runs, else 0        the step that is on the GPU now
+    prefill(n) = floor(n / c) * T(c) + T(n mod c)        the last only where there is a rest
 
-    read_back  = per_kv_token_ms * p * (chunks of p + 1) / 2
+    read_back  = per_kv_token_ms * p * (chunks of p + 1) / 2 + per_pair_ms * p * (prompt - p / 2)
     predicted  = rtt_ms + under_way + prefill(backlog + p) + read_back
     wait_ms    = under_way + prefill(backlog)            the rest, but for the round trip, is work
 
@@ -110,7 +110,9 @@ def predicted_ms(view: ReplicaView, request: RouteRequest, block_tokens: int) ->
     """Predicted milliseconds until the request's first token, the way there included."""
     tokens = max(1, request.prompt_tokens - view.matched_blocks * block_tokens)  # the last is always computed
     chunks = _ceil_div(tokens, _chunk_tokens(view))
-    read_back = view.load.step.per_kv_token_ms * tokens * (chunks + 1) / 2
+    pairs = tokens * (request.prompt_tokens - tokens / 2)  # with the matched tokens and those before it
+    step = view.load.step
+    read_back = step.per_kv_token_ms * tokens * (chunks + 1) / 2 + step.per_pair_ms * pairs
     return view.rtt_ms + _under_way_ms(view) + _prefill_ms(view, _backlog_tokens(view) + tokens) + read_back
 
 
@@ -165,13 +167,15 @@ def _under_way_ms(view: ReplicaView) -> float:
     return _chunk_ms(view) if _running(view) else 0.0
 
 
-def _chunk_ms(view: ReplicaView) -> float:
-    return view.load.step.predict_ms(_running(view), view.load.decode_kv_tokens)
+def _chunk_ms(view: ReplicaView, prefill_tokens: int = 0) -> float:
+    """A step of the running decodes, beside so many tokens of prefill."""
+    kv_tokens, running = view.load.decode_kv_tokens, _running(view)
+    return view.load.step.predict_ms(running + prefill_tokens, kv_tokens, running, kv_tokens)
 
 
 def _prefill_ms(view: ReplicaView, tokens: int) -> float:
-    chunks = _ceil_div(tokens, _chunk_tokens(view))
-    return chunks * _chunk_ms(view) + tokens * view.load.step.per_token_ms
+    full, rest = divmod(tokens, _chunk_tokens(view))
+    return full * _chunk_ms(view, _chunk_tokens(view)) + (_chunk_ms(view, rest) if rest else 0.0)
 
 
 def _ceil_div(dividend: int, divisor: int) -> int:

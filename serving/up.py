@@ -54,6 +54,7 @@ class UpOptions:
     tp: int | None = None
     dtype: str | None = None
     kv_blocks: int | None = None
+    tpot_ms: float | None = None
     port: int = 8000
     dashboard_port: int = 8265
     address: str | None = None
@@ -110,7 +111,7 @@ def merge(options: UpOptions, key_digest: str) -> SearoomConfig:
     base = read_config(options.config) if options.config else SearoomConfig()
     args: dict[str, Any] = base.model_dump(mode="json", exclude_unset=True)
     _set(args, "model", source=options.model, dtype=options.dtype)
-    _set(args, "engine", tensor_parallel=options.tp, kv_blocks=options.kv_blocks)
+    _set(args, "engine", tensor_parallel=options.tp, kv_blocks=options.kv_blocks, tpot_ms=options.tpot_ms)
     _set(args, "ingress", auth={"key_sha256": [key_digest]})
     replicas = options.replicas_per_region
     if options.regions:

@@ -22,7 +22,7 @@ PACKAGE_IMPORTS = {
 # inside serving, top to bottom: a layer imports itself and what is below, never what is above
 COMPOSITION, DEPLOYMENT, PARTS, ENGINE, MODELS, FOUNDATION = range(6)
 ROOMS = {
-    COMPOSITION: {"__main__", "app", "cli", "chat", "deploy", "status", "up", "running", "bench"},
+    COMPOSITION: {"__main__", "app", "cli", "chat", "deploy", "doctor", "status", "up", "running", "bench"},
     DEPLOYMENT: {"ingress", "router", "replica"},
     PARTS: {
         "completions", "dispatch_book", "dispatcher", "fleet", "gateway", "generation", "gpu_watch", "links",
@@ -33,7 +33,7 @@ ROOMS = {
     MODELS: {"models"},
     FOUNDATION: {
         "auth", "background", "block_hash",
-        "chat_template", "config", "detokenizer", "embedded_model", "errors",
+        "chat_template", "config", "detokenizer", "embedded_model", "errors", "host",
         "gguf_files", "gguf_tokenizer", "logs", "messages", "metrics", "model_files", "model_spec",
         "openai_api", "openai_fields", "openai_frames", "ray_compat", "safetensors_files", "tokenizer",
         "tracing", "transport",
@@ -49,12 +49,12 @@ LIBRARY_WALLS = {
         "cluster.local", "cluster.local_nodes",
     },
     "torch": {
-        "serving.engine.worker", "serving.engine.model_runner", "serving.engine.sampler",
-        "serving.models.", "kernels.", "serving.bench.engine",
+        "serving.engine.worker", "serving.engine.model_runner", "serving.engine.native_runner", "serving.engine.sampler",
+        "serving.models.", "kernels.", "serving.bench.engine.",
     },
     "starlette": {"serving.gateway", "serving.responses"},
     "fastapi": set(),
-    "transformers": {"serving.gguf_tokenizer"},
+    "transformers": {"serving.gguf_tokenizer", "serving.bench.engine.peer_transformers"},
     "pickle": set(),
     "cloudpickle": set(),
     "autoscaler": {"serving.cli", "serving.status", "autoscaler."},

@@ -1,4 +1,4 @@
-"""`python -m serving.bench load`: what an OpenAI-compatible endpoint gives its clients."""
+"""`python -m serving.bench engine | load`: the engine beside its peers; an endpoint as its clients see it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from serving import running
 from serving.auth import load_key
+from serving.bench.engine.command import engine
 from serving.bench.load import LoadPlan, print_results, run_load
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
@@ -48,4 +49,5 @@ def load(
     print_results(results, console)
 
 
+app.command()(engine)
 app()

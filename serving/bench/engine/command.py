@@ -1,0 +1,158 @@
+"""`python -m serving.bench engine`: the engine beside its peers, on one machine and in one run."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from serving.bench.engine import prefix, pressure, quality, session, tpot
+from serving.bench.engine.figures import Load
+from serving.bench.engine.offline import EngineSetup
+from serving.bench.engine.peers import SCRIPTS, PeerFailed, PeerSpec
+from serving.bench.engine.report import Report, write_json
+from serving.bench.engine.tables import print_report
+from serving.errors import ConfigError, SearoomError
+
+Plotter = Callable[[Report, Path], None]
+
+
+def engine(
+    model: Annotated[str, typer.Option(help='"embedded", a folder, a .gguf file or a hub id.')] = "embedded",
+    dtype: Annotated[str, typer.Option(help="Ours, as in the config; several are several rows.")] = "auto",
+    batch: Annotated[str, typer.Option(help="Numbers of equal sequences at once.")] = "1,8,16,32,64",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length of those.")] = 40,
+    new_tokens: Annotated[int, typer.Option(min=2, help="New tokens of each; the end is ignored.")] = 64,
+    prefill: Annotated[
+        int, typer.Option(min=0, help="Prompt length of a prefill alone: one sequence, one token. 0: none.")
+    ] = 1024,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Ours and the peers'. Default: all cores.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each load, of which the median counts.")] = 5,
+    peer: Annotated[
+        list[str] | None, typer.Option(help=f"{', '.join(SCRIPTS)}; each with its --peer-python.")
+    ] = None,
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option(help="The interpreter of that peer's environment; tests/benchmarks/peers.sh makes it."),
+    ] = None,
+    pressure_share: Annotated[
+        float | None,
+        typer.Option(
+            "--pressure", min=0.05, help="Instead: in so large a part of the KV blocks a load needs."
+        ),
+    ] = None,
+    tpot_ms: Annotated[
+        float | None,
+        typer.Option(min=1, help="Instead: the governor under this target, beside the best fixed cap."),
+    ] = None,
+    with_quality: Annotated[
+        bool, typer.Option("--quality", help="Instead: how far each --dtype is from float32, on 200 prompts.")
+    ] = False,
+    with_prefix: Annotated[
+        bool,
+        typer.Option("--prefix", help="Instead: time to first token of cached prompts beside cold ones."),
+    ] = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, help="Write every figure there.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write a PNG there; needs Searoom's extra `bench`.")
+    ] = None,
+) -> None:
+    """The engine alone, without Ray or HTTP: tokens/s, TTFT, TPOT, and what of the machine it uses.
+
+    With peers, all are loaded at once and take turns, on the same weights and prompts.
+    """
+    console = Console()
+    setup = EngineSetup(source=model, threads=threads)
+    dtypes = tuple(part.strip() for part in dtype.split(","))
+    with _errors_told(console):
+        write_plot = None if plot is None else _plotter()
+        results: dict[str, Any] = {}
+        if pressure_share is not None:
+            results["pressure"] = [
+                pressure.run(replace(setup, dtype=name), pressure_share, console) for name in dtypes
+            ]
+        if tpot_ms is not None:
+            results["tpot"] = [tpot.run(replace(setup, dtype=name), tpot_ms, console) for name in dtypes]
+        with console.status("") as status:
+            if with_quality:
+                setups = [replace(setup, dtype=name) for name in dtypes]
+                results["quality"] = quality.run(setups, console, on_progress=status.update)
+            if with_prefix:
+                results["prefix"] = [
+                    prefix.run(replace(setup, dtype=name), console, repeats, status.update) for name in dtypes
+                ]
+        if results:
+            if json_file is not None:
+                json_file.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
+            return
+        loads = [Load("decode", size, prompt_tokens, new_tokens) for size in _sizes(batch)]
+        loads += [Load("prefill", 1, prefill, 1)] if prefill else []
+        report = session.run(
+            session.Plan(
+                setup=setup,
+                dtypes=dtypes,
+                peers=_peers(peer or [], peer_python or []),
+                loads=tuple(loads),
+                repeats=repeats,
+                command=f"python -m serving.bench {shlex.join(sys.argv[1:])}",
+            ),
+            console,
+        )
+    print_report(report, console)
+    if json_file is not None:
+        write_json(report, json_file)
+    if plot is not None and write_plot is not None:
+        write_plot(report, plot)
+    if report.failures:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _errors_told(console: Console) -> Iterator[None]:
+    try:
+        yield
+    except (SearoomError, PeerFailed) as error:
+        console.print(f"[bold red]error:[/] {escape(str(error))}")
+        raise typer.Exit(1) from error
+
+
+def _sizes(batch: str) -> list[int]:
+    parts = batch.split(",")
+    if not all(part.strip().isdigit() and int(part) for part in parts):
+        raise ConfigError(f"--batch {batch}: give numbers above 0 with commas between, like 1,8,64")
+    return [int(part) for part in parts]
+
+
+def _peers(names: list[str], pythons: list[str]) -> tuple[PeerSpec, ...]:
+    if len(names) != len(pythons):
+        raise ConfigError(
+            f"--peer: {len(names)} given, but {len(pythons)} times --peer-python: give each its interpreter"
+        )
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--peer: {', '.join(names)} names one twice")
+    return tuple(PeerSpec.named(name, python) for name, python in zip(names, pythons, strict=True))
+
+
+def _plotter() -> Plotter:
+    """Found before anything is measured, so that a missing library costs no run."""
+    try:
+        write: Plotter = importlib.import_module("serving.bench.engine.plot").write_plot
+    except ModuleNotFoundError as missing:
+        raise ConfigError(
+            f"--plot: {missing.name} is not installed: pip install 'searoom[bench]'"
+        ) from missing
+    return write

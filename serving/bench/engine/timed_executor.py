@@ -1,0 +1,49 @@
+"""The worker with a clock in it: how long the model's forward takes, apart from the rest of a step."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.worker import Worker
+
+
+class TimedExecutor:
+    """A worker whose model forward is timed, apart from the sampling that follows it."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self.forward_ms: list[float] = []
+        self.runner = worker._runner
+        worker._runner = _TimedRunner(self.runner, self.forward_ms)  # type: ignore[assignment]
+
+    @property
+    def num_blocks(self) -> int:
+        return self._worker.num_blocks
+
+    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
+        return self._worker.execute(plan, sampling)
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+class _TimedRunner:
+    """The worker's runner; its `logits` leaves its milliseconds in `forward_ms`."""
+
+    def __init__(self, runner: Any, forward_ms: list[float]) -> None:
+        self._runner = runner
+        self._forward_ms = forward_ms
+
+    def logits(self, plan: StepPlan) -> Any:
+        started_s = time.perf_counter()
+        logits = self._runner.logits(plan)
+        self._forward_ms.append((time.perf_counter() - started_s) * 1e3)
+        return logits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
