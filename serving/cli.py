@@ -42,7 +42,7 @@ def up(
     home_region: Annotated[str | None, typer.Option(help="Where Ingress stands. Default: the first.")] = None,
     replicas_per_region: Annotated[int | None, typer.Option(min=1)] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks a replica.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="auto, float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, int8, float32 or float16.")] = None,
     kv_blocks: Annotated[
         int | None, typer.Option(min=1, help="KV blocks a replica. Default: measured.")
     ] = None,

@@ -62,7 +62,9 @@ def run(setup: EngineSetup, console: Console) -> None:
             machine = Machine(*machine_measure.measure(dtype))
         _section(console, "measured", rates(machine, dtype))
         with console.status("decoding"):
-            decodes = [_decode(under_test, machine, size) for size in _BATCHES if size <= setup.max_num_seqs]
+            blocks = -(-(_PROMPT_TOKENS + _NEW_TOKENS) // setup.block_tokens)
+            most = min(setup.max_num_seqs, under_test.num_blocks // blocks)
+            decodes = [_decode(under_test, machine, size) for size in _BATCHES if size <= most]
         _section(console, "decode", [speed(decode, machine) for decode in decodes])
 
 

@@ -75,6 +75,23 @@ def read_host(root: Path = Path("/")) -> Host:
     )
 
 
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Bytes that can be had without swapping, within the container's limit where it has one."""
+    available = psutil.virtual_memory().available
+    cgroup = _cgroup_folder(root)
+    limit = memory_limit(_read(cgroup / "memory.max"), psutil.virtual_memory().total)
+    used = _read(cgroup / "memory.current")
+    if limit is None or used is None:
+        return available
+    return max(0, min(available, limit - int(used) + _file_cache_bytes(_read(cgroup / "memory.stat"))))
+
+
+def _file_cache_bytes(memory_stat: str | None) -> int:
+    """Counted as used by a cgroup, and given back when memory is short."""
+    pairs = (line.split() for line in (memory_stat or "").splitlines())
+    return sum(int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0] == "inactive_file")
+
+
 def cpu_limit(cpu_max: str | None) -> float | None:
     """Cores of a cgroup's `cpu.max`, which is "quota period" in microseconds, or "max period"."""
     parts = (cpu_max or "max").split()

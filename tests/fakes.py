@@ -27,6 +27,8 @@ class FakeExecutor:
     `is_poisoned` says for which contexts the logits are not finite.
     """
 
+    bytes_per_weight = 4.0  # as in float32
+
     def __init__(
         self,
         num_blocks: int,

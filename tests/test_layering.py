@@ -49,7 +49,8 @@ LIBRARY_WALLS = {
         "cluster.local", "cluster.local_nodes",
     },
     "torch": {
-        "serving.engine.worker", "serving.engine.model_runner", "serving.engine.native_runner", "serving.engine.sampler",
+        "serving.engine.worker", "serving.engine.model_runner", "serving.engine.sampler",
+        "serving.engine.native_runner", "serving.engine.native_sampler",
         "serving.models.", "kernels.", "serving.bench.engine.",
     },
     "starlette": {"serving.gateway", "serving.responses"},

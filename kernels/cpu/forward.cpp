@@ -37,15 +37,16 @@
 #include <new>
 #include <vector>
 
+#include "exponential.h"
+
 namespace {
 
 using bf16 = uint16_t;
 
 constexpr int kLanes = 16;       // outputs of a panel: 32-bit lanes of a register
 constexpr int kGroup = 32;       // inputs that share a scale
-constexpr int kBf16Rows = 24;    // activation rows of a register tile: one register each
-constexpr int kGroupedRows = 12; // and two each where groups have scales
-constexpr int kRowBlock = 120;   // activation rows that stay in the L2 cache while weights pass by
+constexpr int kMostRows = 12;    // activation rows of a register tile: two registers each
+constexpr int kTileBlock = 10;   // tiles that stay in the L2 cache while weights pass by
 constexpr int kKeyTile = 64;     // keys of an attention tile
 constexpr int kQueryRows = 48;   // (token, head) rows of an attention tile
 constexpr int kMaxHeadDim = 256;
@@ -106,41 +107,39 @@ struct Buffer {
   }
 };
 
-// The input of a matrix product, [T, k], in the one or the other form.
+// The input of a matrix product, [T, k], rounded to what it is multiplied in. What a tile of rows needs
+// next lies together: pairs of bf16 or fours of int8 of all its rows, then the next ones.
 struct Activations {
   int k = 0;
-  size_t stride = 0;  // values from row to row
   bool is_int8 = false;
-  Buffer<bf16> wide_buffer;
-  Buffer<int8_t> quant_buffer;
-  Buffer<float> scale_buffer, sum_buffer;
-  Buffer<int32_t> offset_buffer;
-  bf16* wide = nullptr;
-  int8_t* quants = nullptr;
-  float* scales = nullptr;     // [T, k / 32]
+  int height = 0;              // rows of a tile; the last tile may use fewer
+  uint32_t* values = nullptr;  // [tiles, k / 2, height] pairs (0, 2), (1, 3) of every four, or [tiles, k / 4, height]
+  float* scales = nullptr;     // [tiles, k / 32, height], of int8
   float* sums = nullptr;       // of 32 values
-  int32_t* offsets = nullptr;  // -128 * sum of quants
+  int32_t* offsets = nullptr;  // -128 * sum of int8
 
   void shape(int rows, int columns, bool int8) {
     k = columns;
     is_int8 = int8;
-    // An odd number of cache lines, so that the rows of a tile do not fall into the same few sets.
-    const size_t line = is_int8 ? 64 : 32;
-    stride = ((k + line - 1) / line | 1) * line;
-    const size_t values = size_t(rows) * stride, groups = size_t(rows) * (k / kGroup);
-    sums = sum_buffer.get(groups);
-    if (is_int8) {
-      quants = quant_buffer.get(values);
-      scales = scale_buffer.get(groups);
-      offsets = offset_buffer.get(groups);
-    } else {
-      wide = wide_buffer.get(values);
-    }
+    const int tiles = (rows + kMostRows - 1) / kMostRows;
+    height = (rows + tiles - 1) / std::max(tiles, 1);
+    const size_t padded = size_t(tiles) * height, groups = padded * (k / kGroup);
+    values = value_buffer_.get(padded * k / (is_int8 ? 4 : 2));
+    sums = sum_buffer_.get(groups);
+    scales = scale_buffer_.get(groups);
+    offsets = offset_buffer_.get(groups);
   }
+
+  const uint32_t* values_of(int tile) const { return values + size_t(tile) * (k / (is_int8 ? 4 : 2)) * height; }
+  size_t groups_of(int tile) const { return size_t(tile) * (k / kGroup) * height; }
 
   // Stores 32 values at column `at` (a multiple of 32) of `row`.
   void store(int row, int at, __m512 low, __m512 high) {
-    const size_t place = size_t(row) * stride + at, group = (size_t(row) * k + at) / kGroup;
+    const int tile = row / height, within = row % height;
+    const size_t group = groups_of(tile) + size_t(at / kGroup) * height + within;
+    const __m512i places = _mm512_mullo_epi32(
+        _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(height));
+    uint32_t* to = values + (size_t(tile) * (k / (is_int8 ? 4 : 2)) + at / (is_int8 ? 4 : 2)) * height + within;
     if (!is_int8) {
       alignas(64) static const uint16_t kOrder[32] = {0,  2,  1,  3,  4,  6,  5,  7,  8,  10, 9,
                                                       11, 12, 14, 13, 15, 16, 18, 17, 19, 20, 22,
@@ -148,7 +147,8 @@ struct Activations {
       const __m512bh narrow = _mm512_cvtne2ps_pbh(high, low);
       const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
       sums[group] = _mm512_reduce_add_ps(_mm512_dpbf16_ps(_mm512_setzero_ps(), narrow, ones));
-      _mm512_storeu_si512(wide + place, _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)narrow));
+      _mm512_i32scatter_epi32(to, places,
+                              _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), (__m512i)narrow), 4);
       return;
     }
     const float largest =
@@ -157,8 +157,8 @@ struct Activations {
     const __m512 inverse = _mm512_set1_ps(largest > 0 ? 127.0f / largest : 0.0f);
     const __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(low, inverse));
     const __m512i b = _mm512_cvtps_epi32(_mm512_mul_ps(high, inverse));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(quants + place), _mm512_cvtsepi32_epi8(a));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(quants + place + 16), _mm512_cvtsepi32_epi8(b));
+    const __m256i bytes = _mm256_set_m128i(_mm512_cvtsepi32_epi8(b), _mm512_cvtsepi32_epi8(a));
+    _mm256_i32scatter_epi32(to, _mm512_castsi512_si256(places), bytes, 4);
     const int sum = _mm512_reduce_add_epi32(_mm512_add_epi32(a, b));
     // A NaN or an infinity must not vanish in the maximum or in the conversion to integers.
     const bool is_broken = _mm512_cmp_ps_mask(low, high, _CMP_UNORD_Q) != 0 || !std::isfinite(largest);
@@ -166,13 +166,23 @@ struct Activations {
     sums[group] = scales[group] * float(sum);
     offsets[group] = -128 * sum;
   }
+
+ private:
+  Buffer<uint32_t> value_buffer_;
+  Buffer<float> scale_buffer_, sum_buffer_;
+  Buffer<int32_t> offset_buffer_;
+};
+
+// Attention's unit of work: tokens begin : end (rows of the step) of a sequence, some key/value heads.
+struct Item {
+  int sequence, first_head, last_head, begin, end;
 };
 
 struct Workspace {
   Activations norm, attended, gated;
   Buffer<float> qkv, cosines;
   Buffer<bf16> queries;
-  std::vector<int32_t> items;
+  std::vector<Item> items;
 };
 
 // ---- products ----------------------------------------------------------------------------------
@@ -192,76 +202,73 @@ inline __m512 load_half(const uint16_t* at) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 }
 
-// out[m, 0:16] of one panel.
+// A register tile: the first MR rows of tile `t` of `in`, times 32 outputs of two neighbouring panels (or,
+// where groups have scales, twice 16 outputs of one), to out [MR, 32].
 template <int MR>
-void tile_bf16(const bf16* w, const bf16* x, size_t x_stride, int k, float* out, size_t stride) {
-  __m512 acc[MR];
-#pragma GCC unroll 32
-  for (int m = 0; m < MR; ++m) acc[m] = _mm512_setzero_ps();
-  for (int pair = 0; pair < k / 2; ++pair, w += 2 * kLanes) {
-    const __m512bh weights = (__m512bh)load(w);
-    prefetch(w);
-#pragma GCC unroll 32
-    for (int m = 0; m < MR; ++m)
-      acc[m] = _mm512_dpbf16_ps(acc[m], weights, (__m512bh)broadcast4(x + m * x_stride + 2 * pair));
+void tile_bf16(const Matrix& w, int panel, const Activations& in, int t, float* out, size_t stride) {
+  const size_t size = size_t(in.k) * kLanes;
+  const bf16* values = reinterpret_cast<const bf16*>(w.values) + panel * size;
+  const uint32_t* x = in.values_of(t);
+  __m512 acc[MR][2];
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) acc[m][0] = acc[m][1] = _mm512_setzero_ps();
+  for (int pair = 0; pair < in.k / 2; ++pair, values += 2 * kLanes, x += in.height) {
+    const __m512bh first = (__m512bh)load(values), second = (__m512bh)load(values + size);
+    prefetch(values);
+    prefetch(values + size);
+#pragma GCC unroll 16
+    for (int m = 0; m < MR; ++m) {
+      const __m512bh value = (__m512bh)_mm512_set1_epi32(x[m]);
+      acc[m][0] = _mm512_dpbf16_ps(acc[m][0], first, value);
+      acc[m][1] = _mm512_dpbf16_ps(acc[m][1], second, value);
+    }
   }
-#pragma GCC unroll 32
-  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out + m * stride, acc[m]);
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) {
+    _mm512_storeu_ps(out + m * stride, acc[m][0]);
+    _mm512_storeu_ps(out + m * stride + kLanes, acc[m][1]);
+  }
 }
 
-// The same, of Q8 or Q4 with 8-bit activations.
+// Of Q4 or Q8 with 8-bit activations.
 template <int MR, bool IS_Q4>
-void tile_int8(const uint8_t* w, const uint16_t* scales, const Activations& in, int row, float* out,
-               size_t stride) {
-  const int k = in.k, groups = k / kGroup;
-  const int8_t* x = in.quants + row * in.stride;
-  const float* x_scales = in.scales + size_t(row) * groups;
-  const float* x_sums = in.sums + size_t(row) * groups;
-  const int32_t* x_offsets = in.offsets + size_t(row) * groups;
+void panel_int8(const uint8_t* w, const uint16_t* scales, const Activations& in, int t, float* out, size_t stride) {
   const __m512i low_nibbles = _mm512_set1_epi8(0x0f);
+  const uint32_t* x = in.values_of(t);
+  const int height = in.height;
+  size_t group = in.groups_of(t);
   __m512 acc[MR];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) acc[m] = _mm512_setzero_ps();
-  for (int g = 0; g < groups; ++g) {
+  for (int g = 0; g < in.k / kGroup; ++g, group += height, x += 8 * height) {
     __m512i sum[MR];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m)
-      sum[m] = IS_Q4 ? _mm512_setzero_si512() : _mm512_set1_epi32(x_offsets[size_t(m) * groups + g]);
-    const int8_t* values = x + g * kGroup;
-    if (IS_Q4) {
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m512i both = load(w + i * 64);
-        prefetch(w + i * 64);
-        const __m512i low = _mm512_and_si512(both, low_nibbles);
-        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low_nibbles);
-#pragma GCC unroll 16
-        for (int m = 0; m < MR; ++m) {
-          sum[m] = _mm512_dpbusd_epi32(sum[m], low, broadcast4(values + m * in.stride + 4 * i));
-          sum[m] = _mm512_dpbusd_epi32(sum[m], high, broadcast4(values + m * in.stride + 16 + 4 * i));
-        }
-      }
-      w += 256;
-    } else {
+      sum[m] = IS_Q4 ? _mm512_setzero_si512() : _mm512_set1_epi32(in.offsets[group + m]);
+    const uint32_t* four = x;
+    const uint32_t* later = x + 4 * height;  // of Q4, the second half of the group
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) {
-        const __m512i four = load(w + i * 64);
-        prefetch(w + i * 64);
+    for (int i = 0; i < (IS_Q4 ? 4 : 8); ++i, w += 64, four += height, later += height) {
+      const __m512i packed = load(w);
+      prefetch(w);
+      const __m512i first = IS_Q4 ? _mm512_and_si512(packed, low_nibbles) : packed;
+#pragma GCC unroll 16
+      for (int m = 0; m < MR; ++m) sum[m] = _mm512_dpbusd_epi32(sum[m], first, _mm512_set1_epi32(four[m]));
+      if (IS_Q4) {
+        const __m512i second = _mm512_and_si512(_mm512_srli_epi16(packed, 4), low_nibbles);
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m)
-          sum[m] = _mm512_dpbusd_epi32(sum[m], four, broadcast4(values + m * in.stride + 4 * i));
+          sum[m] = _mm512_dpbusd_epi32(sum[m], second, _mm512_set1_epi32(later[m]));
       }
-      w += 512;
     }
     const __m512 scale = load_half(scales);
     const __m512 minimum = IS_Q4 ? load_half(scales + kLanes) : _mm512_setzero_ps();
     scales += IS_Q4 ? 2 * kLanes : kLanes;
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scales[size_t(m) * groups + g]));
+      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in.scales[group + m]));
       acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m]), both, acc[m]);
-      if (IS_Q4)
-        acc[m] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x_sums[size_t(m) * groups + g]), acc[m]);
+      if (IS_Q4) acc[m] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(in.sums[group + m]), acc[m]);
     }
   }
 #pragma GCC unroll 16
@@ -289,32 +296,33 @@ inline __m512bh widen(__m512i packed, int pair) {
   return (__m512bh)_mm512_or_si512(_mm512_srli_epi32(low, 16), high);
 }
 
-// The same with bfloat16 activations.
+// Of Q4 or Q8 with bfloat16 activations.
 template <int MR, bool IS_Q4>
-void tile_wide(const uint8_t* w, const uint16_t* scales, const Activations& in, int row, float* out,
-               size_t stride) {
+void panel_wide(const uint8_t* w, const uint16_t* scales, const Activations& in, int t, float* out, size_t stride) {
   constexpr int kLoads = IS_Q4 ? 4 : 8, kPairs = IS_Q4 ? 4 : 2;
-  const int groups = in.k / kGroup;
-  const bf16* x = in.wide + row * in.stride;
-  const float* x_sums = in.sums + size_t(row) * groups;
+  const uint32_t* x = in.values_of(t);
+  const int height = in.height;
+  size_t group = in.groups_of(t);
   __m512 acc[MR];
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) acc[m] = _mm512_setzero_ps();
-  for (int g = 0; g < groups; ++g, x += kGroup) {
+  for (int g = 0; g < in.k / kGroup; ++g, group += height, x += 16 * height) {
     __m512 sum[MR];
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) sum[m] = _mm512_setzero_ps();
+    const uint32_t* earlier = x;
+    const uint32_t* later = x + 8 * height;  // of Q4, the second half of the group
 #pragma GCC unroll 8
-    for (int i = 0; i < kLoads; ++i, w += 64) {
+    for (int i = 0; i < kLoads; ++i, w += 64, earlier += 2 * height, later += 2 * height) {
       const __m512i packed = load(w);
       prefetch(w);
 #pragma GCC unroll 4
       for (int pair = 0; pair < kPairs; ++pair) {
         const __m512bh weights = widen<IS_Q4>(packed, pair);
-        const int at = 4 * i + (pair & 1) * 2 + (pair & 2) * 8;
+        const uint32_t* values = (pair & 2 ? later : earlier) + (pair & 1) * height;
 #pragma GCC unroll 16
         for (int m = 0; m < MR; ++m)
-          sum[m] = _mm512_dpbf16_ps(sum[m], weights, (__m512bh)broadcast4(x + m * in.stride + at));
+          sum[m] = _mm512_dpbf16_ps(sum[m], weights, (__m512bh)_mm512_set1_epi32(values[m]));
       }
     }
     const __m512 scale = load_half(scales);
@@ -323,78 +331,56 @@ void tile_wide(const uint8_t* w, const uint16_t* scales, const Activations& in, 
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
       acc[m] = _mm512_fmadd_ps(sum[m], scale, acc[m]);
-      if (IS_Q4)
-        acc[m] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(x_sums[size_t(m) * groups + g]), acc[m]);
+      if (IS_Q4) acc[m] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(in.sums[group + m]), acc[m]);
     }
   }
 #pragma GCC unroll 16
   for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out + m * stride, acc[m]);
 }
 
-// out[0:MR, 0:16] = in[row : row + MR] times the 16 outputs of a panel.
 template <int MR>
-void tile(const Matrix& w, int panel, const Activations& in, int row, float* out, size_t stride) {
-  const size_t k = w.k, groups = k / kGroup;
-  if (w.format == kBf16) {
-    const bf16* values = reinterpret_cast<const bf16*>(w.values) + panel * k * kLanes;
-    tile_bf16<MR>(values, in.wide + row * in.stride, in.stride, w.k, out, stride);
-  } else if constexpr (MR <= kGroupedRows) {
-    const bool is_q4 = w.format == kQ4;
-    const uint8_t* values = w.values + panel * k * kLanes / (is_q4 ? 2 : 1);
-    const uint16_t* scales = w.scales + panel * groups * kLanes * (is_q4 ? 2 : 1);
-    const auto multiply = in.is_int8 ? (is_q4 ? tile_int8<MR, true> : tile_int8<MR, false>)
-                                     : (is_q4 ? tile_wide<MR, true> : tile_wide<MR, false>);
-    multiply(values, scales, in, row, out, stride);
-  }
+void tile(const Matrix& w, int panel, const Activations& in, int t, float* out, size_t stride) {
+  if (w.format == kBf16) return tile_bf16<MR>(w, panel, in, t, out, stride);
+  const bool is_q4 = w.format == kQ4;
+  const size_t values = size_t(w.k) * kLanes / (is_q4 ? 2 : 1);
+  const size_t scales = size_t(w.k) / kGroup * kLanes * (is_q4 ? 2 : 1);
+  const auto multiply = in.is_int8 ? (is_q4 ? panel_int8<MR, true> : panel_int8<MR, false>)
+                                   : (is_q4 ? panel_wide<MR, true> : panel_wide<MR, false>);
+  for (int p = panel; p < panel + 2; ++p, out += kLanes)
+    multiply(w.values + p * values, w.scales + p * scales, in, t, out, stride);
 }
 
-void tile_of(int rows, const Matrix& w, int panel, const Activations& in, int row, float* out, size_t stride) {
+void tile_of(int rows, const Matrix& w, int panel, const Activations& in, int t, float* out, size_t stride) {
   switch (rows) {
 #define ROWS(n) \
   case n:       \
-    return tile<n>(w, panel, in, row, out, stride);
+    return tile<n>(w, panel, in, t, out, stride);
     ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11) ROWS(12)
-    ROWS(13) ROWS(14) ROWS(15) ROWS(16) ROWS(17) ROWS(18) ROWS(19) ROWS(20) ROWS(21) ROWS(22) ROWS(23) ROWS(24)
 #undef ROWS
   }
 }
 
-// Rows of the next tile, so that all tiles of `left` rows are about equally high.
-inline int tile_rows(const Matrix& w, int left) {
-  const int most = w.format == kBf16 ? kBf16Rows : kGroupedRows, tiles = (left + most - 1) / most;
-  return (left + tiles - 1) / tiles;
-}
-
-inline int row_blocks(int tokens) { return (tokens + kRowBlock - 1) / kRowBlock; }
-
-// out [T, n] = in [T, k] w^T. Called by every thread of a parallel region.
-void multiply(const Matrix& w, const Activations& in, int tokens, float* out, size_t stride) {
-  const int units = w.n / 32, blocks = row_blocks(tokens), chunk = units > 512 ? 8 : 1;
+// Calls body(unit, tile, rows) for all units of work and tiles of rows, some tiles at a time, so that
+// their activations stay in the L2 cache while the weights pass by. Called by every thread.
+template <typename Body>
+void for_each_tile(int units, int tokens, const Activations& in, Body body) {
+  const int tiles = (tokens + in.height - 1) / in.height, blocks = (tiles + kTileBlock - 1) / kTileBlock;
+  const int chunk = units > 512 ? 8 : 1;
 #pragma omp for schedule(dynamic, chunk)
   for (int i = 0; i < units * blocks; ++i) {
-    const int unit = i % units, end = std::min(tokens, (i / units + 1) * kRowBlock);
-    for (int panel = 2 * unit; panel < 2 * unit + 2; ++panel) {
-      for (int row = i / units * kRowBlock, rows; row < end; row += rows) {
-        rows = tile_rows(w, end - row);
-        tile_of(rows, w, panel, in, row, out + row * stride + panel * kLanes, stride);
-      }
-    }
+    const int first = i / units * kTileBlock, last = std::min(tiles, first + kTileBlock);
+    for (int t = first; t < last; ++t) body(i % units, t, std::min(in.height, tokens - t * in.height));
   }
 }
 
-// ---- elementwise -------------------------------------------------------------------------------
-
-// e^x for x <= 88, relative error below 1e-6: 2^n by exponent, the rest by a polynomial on [-0.5, 0.5].
-// Of two operands one of which is NaN, min and max return the second: so NaN stays NaN.
-inline __m512 exponential(__m512 x) {
-  const __m512 scaled = _mm512_mul_ps(_mm512_max_ps(_mm512_set1_ps(-87.0f), x), _mm512_set1_ps(1.44269504f));
-  const __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 part = _mm512_sub_ps(scaled, whole);
-  __m512 sum = _mm512_set1_ps(1.5403530e-4f);  // ln(2)^n / n!
-  for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.0f})
-    sum = _mm512_fmadd_ps(sum, part, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(sum, whole);
+// out [T, n] = in [T, k] w^T. Called by every thread of a parallel region.
+void multiply(const Matrix& w, const Activations& in, int tokens, float* out, size_t stride) {
+  for_each_tile(w.n / 32, tokens, in, [&](int unit, int t, int rows) {
+    tile_of(rows, w, 2 * unit, in, t, out + size_t(t) * in.height * stride + unit * 32, stride);
+  });
 }
+
+// ---- elementwise -------------------------------------------------------------------------------
 
 inline __m512 silu(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f);
@@ -429,22 +415,16 @@ void add_norm(float* x, const float* delta, const float* weight, float eps, int 
 }
 
 void gate_up(const Matrix& w, const Activations& in, int tokens, Activations& out) {
-  const int units = w.n / 64, blocks = row_blocks(tokens);
-#pragma omp for schedule(dynamic, 1)
-  for (int i = 0; i < units * blocks; ++i) {
-    const int unit = i % units, end = std::min(tokens, (i / units + 1) * kRowBlock);
-    for (int row = i / units * kRowBlock, rows; row < end; row += rows) {
-      rows = tile_rows(w, end - row);
-      alignas(64) float both[kBf16Rows][64];
-      for (int panel = 0; panel < 4; ++panel)
-        tile_of(rows, w, 4 * unit + panel, in, row, both[0] + panel * kLanes, 64);
-      for (int m = 0; m < rows; ++m) {
-        const __m512 low = silu(_mm512_load_ps(both[m])), high = silu(_mm512_load_ps(both[m] + 16));
-        out.store(row + m, unit * 32, _mm512_mul_ps(low, _mm512_load_ps(both[m] + 32)),
-                  _mm512_mul_ps(high, _mm512_load_ps(both[m] + 48)));
-      }
+  for_each_tile(w.n / 64, tokens, in, [&](int unit, int t, int rows) {
+    alignas(64) float both[kMostRows][64];
+    tile_of(rows, w, 4 * unit, in, t, both[0], 64);
+    tile_of(rows, w, 4 * unit + 2, in, t, both[0] + 32, 64);
+    for (int m = 0; m < rows; ++m) {
+      const __m512 low = silu(_mm512_load_ps(both[m])), high = silu(_mm512_load_ps(both[m] + 16));
+      out.store(t * in.height + m, unit * 32, _mm512_mul_ps(low, _mm512_load_ps(both[m] + 32)),
+                _mm512_mul_ps(high, _mm512_load_ps(both[m] + 48)));
     }
-  }
+  });
 }
 
 inline void store_bf16(bf16* to, __m512 values) {
@@ -519,11 +499,34 @@ struct KeyTile {
   alignas(64) int32_t values[kKeyTile / 2][DB * 16];    // pairs of keys of each dim
 };
 
-// Keys and values `first : first + 64` of one head, zeros from `end` on: slots there may hold anything.
+// One head's keys and values in the paged cache.
+struct Context {
+  const bf16 *keys, *values;
+  const int32_t* table;
+  int block_tokens, end;  // slots from `end` on may hold anything
+  size_t block_stride;
+
+  size_t place(int at, int head_dim) const {
+    return table[at / block_tokens] * block_stride + size_t(at % block_tokens) * head_dim;
+  }
+};
+
+// Sixteen keys and values, a few kilobytes somewhere in memory: no hardware guesses them.
+inline void prefetch_keys(const Context& context, size_t place, int head_dim) {
+  const int step = 64 / sizeof(bf16);
+  for (int i = 0; i < 16 * head_dim; i += step) {
+    _mm_prefetch(reinterpret_cast<const char*>(context.keys + place + i), _MM_HINT_T1);
+    _mm_prefetch(reinterpret_cast<const char*>(context.values + place + i), _MM_HINT_T1);
+  }
+}
+
+// Keys and values `first : first + 64`, zeros from the end of the context on. What comes next is asked
+// for meanwhile: `next` values further on (the next head's, in the same block), or two groups ahead.
 template <int DB>
-void load_keys(const bf16* keys, const bf16* values, const int32_t* table, int block_tokens, size_t block_stride,
-               int first, int end, KeyTile<DB>& tile) {
+void load_keys(const Context& context, int first, size_t next, KeyTile<DB>& tile) {
   constexpr int D = DB * 16;
+  const bf16 *keys = context.keys, *values = context.values;
+  const int end = context.end;
   alignas(64) static const uint16_t kPairs[2][32] = {
       {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47},
       {16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55, 24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63}};
@@ -531,8 +534,12 @@ void load_keys(const bf16* keys, const bf16* values, const int32_t* table, int b
   const int groups = std::min(kKeyTile, (end - first + 15) / 16 * 16) / 16;
   for (int g = 0; g < groups; ++g) {
     const int at = first + g * 16;
-    const size_t place = table[at / block_tokens] * block_stride + size_t(at % block_tokens) * D;
+    const size_t place = context.place(at, D);
     const int valid = std::min(16, end - at);
+    if (next != 0)
+      prefetch_keys(context, place + next, D);
+    else if (at + 32 < end)
+      prefetch_keys(context, context.place(at + 32, D), D);
     for (int part = 0; part < DB / 2; ++part) {
       __m512i rows[16];
       for (int i = 0; i < 16; ++i)
@@ -559,25 +566,26 @@ struct QueryTile {
   alignas(64) float out[kQueryRows][DB * 16];
 };
 
-// One key tile's part of rows r : r + R: scores, running softmax, weighted values.
-template <int DB, int R>
-void attend_rows(QueryTile<DB>& q, int r, const KeyTile<DB>& tile, int first, int groups, float scale) {
+// The part of G groups of 16 keys of a tile in rows r : r + R: scores, running softmax, weighted values.
+template <int DB, int R, int G>
+void attend_rows(QueryTile<DB>& q, int r, const KeyTile<DB>& tile, int first, float scale) {
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512 nothing = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
   alignas(64) bf16 weights[R][kKeyTile];
-  __m512 scores[R][4];
+  __m512 scores[R][G];
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i)
-    scores[i][0] = scores[i][1] = scores[i][2] = scores[i][3] = _mm512_setzero_ps();
-  for (int pair = 0; pair < DB * 8; ++pair) {
-    __m512bh keys[4];
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) keys[g] = (__m512bh)load(tile.keys[g][pair]);
+    for (int g = 0; g < G; ++g) scores[i][g] = _mm512_setzero_ps();
+  for (int pair = 0; pair < DB * 8; ++pair) {
+    __m512bh keys[G];
+#pragma GCC unroll 4
+    for (int g = 0; g < G; ++g) keys[g] = (__m512bh)load(tile.keys[g][pair]);
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
       const __m512bh query = (__m512bh)broadcast4(q.queries[r + i] + 2 * pair);
 #pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) scores[i][g] = _mm512_dpbf16_ps(scores[i][g], keys[g], query);
+      for (int g = 0; g < G; ++g) scores[i][g] = _mm512_dpbf16_ps(scores[i][g], keys[g], query);
     }
   }
   __m512 rescale[R];
@@ -585,9 +593,9 @@ void attend_rows(QueryTile<DB>& q, int r, const KeyTile<DB>& tile, int first, in
   for (int i = 0; i < R; ++i) {
     __m512 most = nothing;
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) {
+    for (int g = 0; g < G; ++g) {
       const __mmask16 seen = _mm512_cmple_epi32_mask(
-          lanes, _mm512_set1_epi32(g < groups ? q.limit[r + i] - first - g * 16 : -1));
+          lanes, _mm512_set1_epi32(q.limit[r + i] - first - g * 16));
       scores[i][g] = _mm512_mask_mul_ps(nothing, seen, scores[i][g], _mm512_set1_ps(scale));
       most = _mm512_max_ps(scores[i][g], most);
     }
@@ -596,9 +604,9 @@ void attend_rows(QueryTile<DB>& q, int r, const KeyTile<DB>& tile, int first, in
     const float shrink = std::exp(before - largest);  // 0 at first: before is -inf
     q.largest[r + i] = largest;
     __m512 sum = _mm512_setzero_ps();
-    __m512 kept[4];
+    __m512 kept[4] = {};
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) {
+    for (int g = 0; g < G; ++g) {
       const __mmask16 seen = _mm512_cmp_ps_mask(scores[i][g], nothing, _CMP_NEQ_UQ);
       kept[g] = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scores[i][g], _mm512_set1_ps(largest))));
       sum = _mm512_add_ps(sum, kept[g]);
@@ -617,7 +625,7 @@ void attend_rows(QueryTile<DB>& q, int r, const KeyTile<DB>& tile, int first, in
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c)
         acc[i][c] = _mm512_mul_ps(_mm512_load_ps(q.out[r + i] + (column + c) * 16), rescale[i]);
-    for (int pair = 0; pair < groups * 8; ++pair) {
+    for (int pair = 0; pair < G * 8; ++pair) {
       __m512bh values[C];
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) values[c] = (__m512bh)load(tile.values[pair] + (column + c) * 16);
@@ -635,10 +643,21 @@ void attend_rows(QueryTile<DB>& q, int r, const KeyTile<DB>& tile, int first, in
   }
 }
 
-// Tokens begin : end (rows of the step) of sequence b, all query heads of one key/value head.
+template <int DB, int R>
+void attend_rows(int groups, QueryTile<DB>& q, int r, const KeyTile<DB>& tile, int first, float scale) {
+  switch (groups) {
+    case 1: return attend_rows<DB, R, 1>(q, r, tile, first, scale);
+    case 2: return attend_rows<DB, R, 2>(q, r, tile, first, scale);
+    case 3: return attend_rows<DB, R, 3>(q, r, tile, first, scale);
+    case 4: return attend_rows<DB, R, 4>(q, r, tile, first, scale);
+  }
+}
+
+// Tokens begin : end (rows of the step) of sequence b, all query heads of one key/value head; the same
+// thread goes on with the next head where it `has_next`.
 template <int DB>
 void attend(const Model& model, const Step& step, const bf16* cache, Workspace& work, int b, int head, int begin,
-            int end) {
+            int end, bool has_next) {
   constexpr int D = DB * 16;
   const int H = model.heads, K = model.kv_heads, share = H / K;
   const int before = step.context_lens[b] - step.query_start[b + 1];  // position = before + row
@@ -656,21 +675,24 @@ void attend(const Model& model, const Step& step, const bf16* cache, Workspace& 
     q.total[r] = 0;
     std::memset(q.out[r], 0, sizeof q.out[r]);
   }
-  const size_t block_stride = size_t(K) * model.block_tokens * D;
-  const bf16* keys = cache + size_t(head) * model.block_tokens * D;
-  const bf16* values = keys + model.num_blocks * block_stride;
-  const int32_t* table = step.block_tables + size_t(b) * step.table_width;
-  const int context = before + end;
+  const size_t next_head = size_t(model.block_tokens) * D, block_stride = K * next_head;
+  const bf16* keys = cache + head * next_head;
+  const Context context = {keys,
+                           keys + model.num_blocks * block_stride,
+                           step.block_tables + size_t(b) * step.table_width,
+                           model.block_tokens,
+                           before + end,
+                           block_stride};
   const float scale = 1.0f / std::sqrt(float(D));
-  for (int first = 0; first < context; first += kKeyTile) {
-    load_keys<DB>(keys, values, table, model.block_tokens, block_stride, first, context, *tile);
-    const int groups = std::min(kKeyTile / 16, (context - first + 15) / 16);
+  for (int first = 0; first < context.end; first += kKeyTile) {
+    load_keys<DB>(context, first, has_next ? next_head : 0, *tile);
+    const int groups = std::min(kKeyTile / 16, (context.end - first + 15) / 16);
     int r = 0;
-    for (; r + 4 <= q.rows; r += 4) attend_rows<DB, 4>(q, r, *tile, first, groups, scale);
+    for (; r + 4 <= q.rows; r += 4) attend_rows<DB, 4>(groups, q, r, *tile, first, scale);
     switch (q.rows - r) {
-      case 3: attend_rows<DB, 3>(q, r, *tile, first, groups, scale); break;
-      case 2: attend_rows<DB, 2>(q, r, *tile, first, groups, scale); break;
-      case 1: attend_rows<DB, 1>(q, r, *tile, first, groups, scale); break;
+      case 3: attend_rows<DB, 3>(groups, q, r, *tile, first, scale); break;
+      case 2: attend_rows<DB, 2>(groups, q, r, *tile, first, scale); break;
+      case 1: attend_rows<DB, 1>(groups, q, r, *tile, first, scale); break;
     }
   }
   for (int r = 0; r < q.rows; ++r) {
@@ -682,28 +704,33 @@ void attend(const Model& model, const Step& step, const bf16* cache, Workspace& 
   }
 }
 
-// Work items (sequence, head, begin, end), the longest contexts first so that threads end together.
+// The longest contexts of a prompt first, so that threads end together. Where there are many sequences
+// one item has all heads of its tokens: they lie side by side in the cache.
 void list_items(const Model& model, const Step& step, Workspace& work) {
   const int tokens = std::max(1, kQueryRows / (model.heads / model.kv_heads));
+  const int heads = step.sequences >= 8 * model.threads ? model.kv_heads : 1;
   work.items.clear();
   for (int b = step.sequences - 1; b >= 0; --b)
     for (int end = step.query_start[b + 1]; end > step.query_start[b]; end -= tokens)
-      for (int head = 0; head < model.kv_heads; ++head)
-        work.items.insert(work.items.end(), {b, head, std::max(step.query_start[b], end - tokens), end});
+      for (int head = 0; head < model.kv_heads; head += heads)
+        work.items.push_back({b, head, head + heads, std::max(step.query_start[b], end - tokens), end});
 }
 
 void attend_all(const Model& model, const Step& step, const bf16* cache, Workspace& work) {
-  const int count = int(work.items.size() / 4);
+  const int count = int(work.items.size());
 #pragma omp for schedule(dynamic, 1)
   for (int i = 0; i < count; ++i) {
-    const int32_t* item = work.items.data() + 4 * i;
-    switch (model.head_dim) {
+    const Item& item = work.items[i];
+    for (int head = item.first_head; head < item.last_head; ++head) {
+      const bool has_next = head + 1 < item.last_head;
+      switch (model.head_dim) {
 #define HEAD_DIM(d) \
   case d:           \
-    attend<d / 16>(model, step, cache, work, item[0], item[1], item[2], item[3]); \
+    attend<d / 16>(model, step, cache, work, item.sequence, head, item.begin, item.end, has_next); \
     break;
-      HEAD_DIM(32) HEAD_DIM(64) HEAD_DIM(128) HEAD_DIM(256)
+        HEAD_DIM(32) HEAD_DIM(64) HEAD_DIM(128) HEAD_DIM(256)
 #undef HEAD_DIM
+      }
     }
   }
 }
@@ -817,38 +844,6 @@ void searoom_rows(const Matrix* matrix, const int32_t* ids, int tokens, int thre
         value = _cvtsh_ss(scales[0]) * (within < 16 ? both & 15 : both >> 4) + _cvtsh_ss(scales[kLanes]);
       }
     }
-  }
-}
-
-// The largest of each row of logits [S, n], -1 where the row's sum is not finite.
-void searoom_argmax(const float* logits, int rows, int columns, int stride, int threads, int32_t* out) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int s = 0; s < rows; ++s) {
-    const float* row = logits + size_t(s) * stride;
-    __m512 best = _mm512_set1_ps(-std::numeric_limits<float>::infinity()), sum = _mm512_setzero_ps();
-    __m512i best_at = _mm512_setzero_si512(), at = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    int i = 0;
-    for (; i + kLanes <= columns; i += kLanes) {
-      const __m512 values = _mm512_loadu_ps(row + i);
-      const __mmask16 greater = _mm512_cmp_ps_mask(values, best, _CMP_GT_OQ);
-      best = _mm512_mask_mov_ps(best, greater, values);
-      best_at = _mm512_mask_mov_epi32(best_at, greater, at);
-      at = _mm512_add_epi32(at, _mm512_set1_epi32(kLanes));
-      sum = _mm512_add_ps(sum, values);
-    }
-    float values[kLanes];
-    int32_t places[kLanes];
-    _mm512_storeu_ps(values, best);
-    _mm512_storeu_si512(places, best_at);
-    float total = _mm512_reduce_add_ps(sum), top = values[0];
-    int32_t place = places[0];
-    for (int lane = 1; lane < kLanes; ++lane)
-      if (values[lane] > top || (values[lane] == top && places[lane] < place)) top = values[lane], place = places[lane];
-    for (; i < columns; ++i) {
-      total += row[i];
-      if (row[i] > top) top = row[i], place = i;
-    }
-    out[s] = std::isfinite(total) ? place : -1;
   }
 }
 

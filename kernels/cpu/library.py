@@ -1,4 +1,4 @@
-"""`forward.cpp`, compiled once for this machine and kept in the user's cache folder.
+"""`forward.cpp` and `sample.cpp`, compiled once for this machine and kept in the user's cache folder.
 
 Nothing waits for a compiler: `cached()` gives the library if it is there, `build()` makes it (about
 ten seconds) and is called off the serving path. A machine without a compiler or without AVX-512
@@ -17,7 +17,9 @@ import tempfile
 from ctypes import POINTER, c_float, c_int32, c_void_p
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("forward.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = tuple(_FOLDER / name for name in ("forward.cpp", "sample.cpp"))
+_HEADERS = (_FOLDER / "exponential.h",)
 _NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "f16c", "fma"}
 _COMPILERS = ("g++", "clang++", "c++")
 _OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
@@ -91,12 +93,26 @@ _SIGNATURES = {
         POINTER(Model), c_void_p, POINTER(Matrix), c_int32, c_int32, c_void_p, c_void_p,
     ),
     "searoom_rows": (POINTER(Matrix), c_void_p, c_int32, c_int32, c_void_p),
-    "searoom_argmax": (c_void_p, c_int32, c_int32, c_int32, c_int32, c_void_p),
+    "searoom_sample": (
+        c_void_p, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int32,
+        c_void_p,
+    ),
     "searoom_pack_bf16": (c_void_p, c_int32, c_int32, c_void_p),
     "searoom_pack_q8": (c_void_p, c_int32, c_int32, c_void_p),
     "searoom_pack_q4": (c_void_p, c_int32, c_int32, c_void_p),
     "searoom_free": (c_void_p,),
 }  # fmt: skip
+
+
+class Workspace:
+    """Memory that a step works in, grown to the largest one; one step at a time may use it."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.handle = c_void_p(library.searoom_workspace())
+
+    def __del__(self) -> None:
+        self._library.searoom_free(self.handle)
 
 
 def unsupported() -> str | None:
@@ -130,10 +146,10 @@ def build() -> ctypes.CDLL:
             made = Path(file.name)
         try:
             # Beside a serving engine: it must not take a core away from it.
-            command = ["nice", "-n", "10", compiler, *_OPTIONS, "-o", str(made), str(SOURCE)]
+            command = ["nice", "-n", "10", compiler, *_OPTIONS, "-o", str(made), *map(str, _SOURCES)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
             if done.returncode != 0:
-                raise RuntimeError(f"{compiler} failed on {SOURCE.name}: {done.stderr.strip()[-2000:]}")
+                raise RuntimeError(f"{compiler} failed on the native library: {done.stderr.strip()[-2000:]}")
             made.replace(path)  # whole or not at all: several ranks may build at once
         finally:
             made.unlink(missing_ok=True)
@@ -159,7 +175,8 @@ def _library_path() -> Path:
         if compiler
         else ""
     )
-    content = "\0".join((SOURCE.read_text(), version, " ".join(_OPTIONS), " ".join(sorted(_cpu_flags()))))
+    sources = [path.read_text() for path in (*_SOURCES, *_HEADERS)]
+    content = "\0".join((*sources, version, " ".join(_OPTIONS), " ".join(sorted(_cpu_flags()))))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "searoom" / "native" / f"{hashlib.sha256(content.encode()).hexdigest()[:24]}.so"
 

@@ -26,14 +26,13 @@ def build_engine(
     num_blocks: int | None = None,
     tpot_ms: float | None = None,
     machine: Machine | None = None,
-    weight_bytes: float | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Engine:
     """An engine of its own, empty block pool over `executor`.
 
     `block_tokens` and `kv_dtype` are the executor's. `num_blocks` leaves a part of its KV pool unused;
     by default all of it is used. With `tpot_ms` a governor keeps the time between a request's tokens within
-    it. `machine` is what was measured of it, `weight_bytes` a weight's size where it is not the KV cache's.
+    it. `machine` is what was measured of it.
     """
     num_blocks = executor.num_blocks if num_blocks is None else num_blocks
     assert 0 < num_blocks <= executor.num_blocks
@@ -41,5 +40,5 @@ def build_engine(
     governor = None
     if tpot_ms is not None:
         governor = Governor(tpot_ms, limits.max_step_tokens, limits.max_num_seqs)
-    step_time = StepTimeModel(spec, kv_dtype, machine, weight_bytes)
+    step_time = StepTimeModel(spec, kv_dtype, machine, executor.bytes_per_weight)
     return Engine(scheduler, executor, step_time, identity, clock, governor)

@@ -227,6 +227,7 @@ class Engine:
         self, step: ScheduledStep, started_s: float, scheduled_s: float, finished_s: float
     ) -> StepStats:
         """Teach the step-time model this step, and say what was expected of it before."""
+        self._step_time.bytes_per_weight = self._executor.bytes_per_weight
         shape = StepShape.of(step)
         predicted_ms = self._step_time.predict_ms(shape)
         step_ms = (finished_s - started_s) * 1e3

@@ -50,6 +50,11 @@ class Executor(Protocol):
         """Blocks in the KV pool, the same on every rank."""
         ...
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """What a step reads of memory for each of the model's weights, on average."""
+        ...
+
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
         """Run the model over `plan` and draw one token a wanted row.
 

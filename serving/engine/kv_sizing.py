@@ -112,8 +112,8 @@ def size_pool(memory: RankMemory, tightest_blocks: int) -> KvSizing:
     needed = (max(wanted, 1) * memory.block_bytes + kept) / (1 - SAFETY_SHARE)
     raise ConfigError(
         f"kv_blocks: {max(wanted, 1)} blocks of {memory.block_bytes} bytes need {needed / 2**20:.1f} MiB "
-        f"free on every rank, {kept / 2**20:.1f} MiB of it for a step's activations and logits; this rank has "
-        f"{memory.free_bytes / 2**20:.1f} MiB, and {tightest_blocks} blocks fit the tightest rank. Lower "
+        f"free on every rank, {kept / 2**20:.1f} MiB of it for a step's activations and logits; this rank "
+        f"has {memory.free_bytes / 2**20:.1f} MiB, and {tightest_blocks} blocks fit the tightest rank. Lower "
         "kv_blocks, max_step_tokens or max_num_seqs, free memory, or take a smaller model or dtype"
     )
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kernels.paged_attention import plan_attention
-from serving.engine.plan import StepPlan
+from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.sampler import sample
 from serving.models.llama import Llama
 from serving.models.native_llama import NativeLlama
 
@@ -30,6 +33,11 @@ class ModelRunner:
         self._layer_caches = list(kv_cache)
         self._device = kv_cache.device
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """What a step reads for each of the model's weights."""
+        return float(self._model.dtype.itemsize)
+
     @torch.inference_mode()
     def hidden(self, plan: StepPlan) -> torch.Tensor:
         """Run `plan`'s tokens; returns hidden states [S, d] of the rows whose logits are wanted."""
@@ -53,3 +61,9 @@ class ModelRunner:
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Run `plan`; returns its float32 logits [S, V]. Rank 0 only."""
         return self._model.logits(self.hidden(plan))
+
+    @torch.inference_mode()
+    def draw(self, logits: torch.Tensor, sampling: SamplingBatch) -> NDArray[np.int32]:
+        """One token a row of logits [S, V], -1 where a row is not finite. Rank 0 only."""
+        tokens: NDArray[np.int32] = sample(logits, sampling).cpu().numpy()
+        return tokens

@@ -11,11 +11,14 @@ import ctypes
 import logging
 import threading
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from kernels.cpu import library as native
 from serving.engine.executor import ExecutorOptions
-from serving.engine.plan import StepPlan
+from serving.engine.native_sampler import sample_native
+from serving.engine.plan import SamplingBatch, StepPlan
 from serving.models.layers import Shard
 from serving.models.native_llama import NativeLlama, Precision, unsupported
 from serving.models.weights import open_weights
@@ -50,6 +53,11 @@ class NativeRunner:
     def __init__(self, model: NativeLlama) -> None:
         self._model = model
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """What a step reads for each of the model's weights, scales included."""
+        return self._model.bytes_per_weight
+
     @torch.inference_mode()
     def hidden(self, plan: StepPlan) -> torch.Tensor:
         """Run `plan`'s tokens; returns hidden states [S, d] of the rows whose logits are wanted."""
@@ -67,6 +75,10 @@ class NativeRunner:
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """Run `plan`; returns its float32 logits [S, V]. Rank 0 only."""
         return self._model.logits(self.hidden(plan))
+
+    def draw(self, logits: torch.Tensor, sampling: SamplingBatch) -> NDArray[np.int32]:
+        """One token a row of logits [S, V], -1 where a row is not finite. Rank 0 only."""
+        return sample_native(self._model.library, logits, sampling, self._model.num_threads)
 
     def run_linears(self, num_tokens: int) -> None:
         """The matrix products of a step of so many tokens alone: what a step cannot be faster than."""

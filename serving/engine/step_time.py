@@ -95,7 +95,8 @@ def roofline_prior(spec: ModelSpec, machine: Machine, weight_bytes: float, kv_by
 class StepTimeModel:
     """Predicts steps; begins as the roofline and learns from every one that was timed.
 
-    The fit and its robustness are `least_squares.OnlineFit`'s.
+    The fit and its robustness are `least_squares.OnlineFit`'s. `bytes_per_weight` may change while it
+    runs: an engine can be given other kernels, with other weights, between two steps.
     """
 
     def __init__(
@@ -103,14 +104,14 @@ class StepTimeModel:
         spec: ModelSpec,
         kv_dtype: str,
         machine: Machine | None = None,
-        weight_bytes: float | None = None,
+        bytes_per_weight: float | None = None,
     ) -> None:
-        """`kv_dtype` is the KV cache's, `weight_bytes` a weight's size where it differs from that."""
+        """`kv_dtype` is the KV cache's; a weight has as many bytes as a KV value unless said otherwise."""
         self._spec = spec
         self._kv_bytes = KV_DTYPE_BYTES[kv_dtype]
-        self._weight_bytes = float(self._kv_bytes) if weight_bytes is None else weight_bytes
+        self.bytes_per_weight = float(self._kv_bytes) if bytes_per_weight is None else bytes_per_weight
         self.machine = machine or Machine()
-        self._coefficients = roofline_prior(spec, self.machine, self._weight_bytes, self._kv_bytes)
+        self._coefficients = roofline_prior(spec, self.machine, self.bytes_per_weight, self._kv_bytes)
         self._fit = OnlineFit(_vector(self._coefficients))
 
     @property
@@ -142,7 +143,7 @@ class StepTimeModel:
         return step_flops(self._spec, shape)
 
     def bytes_moved(self, shape: StepShape) -> float:
-        return step_bytes(self._spec, shape, self._weight_bytes, self._kv_bytes)
+        return step_bytes(self._spec, shape, self.bytes_per_weight, self._kv_bytes)
 
     def arithmetic_intensity(self, shape: StepShape) -> float:
         """FLOP per byte; above the machine's ridge point a step is bound by compute."""

@@ -16,7 +16,6 @@ import zlib
 from datetime import timedelta
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -33,8 +32,8 @@ from serving.engine.kv_sizing import (
 from serving.engine.model_runner import ModelRunner, allocate_kv_cache
 from serving.engine.native_runner import NativeRunner, NativeUpgrade, load_native, precision_of
 from serving.engine.plan import SamplingBatch, StepPlan
-from serving.engine.sampler import sample
 from serving.errors import ConfigError
+from serving.host import available_memory_bytes
 from serving.models import ARCHITECTURES
 from serving.models.layers import Shard
 from serving.models.llama import Llama
@@ -94,6 +93,11 @@ class Worker:
         """Blocks in the KV pool, the same on every rank."""
         return self.kv_sizing.num_blocks
 
+    @property
+    def bytes_per_weight(self) -> float:
+        """As they lie in memory now."""
+        return self._runner.bytes_per_weight
+
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
         """Run `plan` on every rank and draw one token a wanted row: [S], -1 where not finite."""
         self._send(_PLAN, plan.pack())
@@ -101,7 +105,7 @@ class Worker:
             self._runner = self._upgrade.take() or self._runner
             self._upgrade = None
         with torch.inference_mode():
-            return sample(self._runner.logits(plan), sampling).cpu().numpy()
+            return self._runner.draw(self._runner.logits(plan), sampling)
 
     def follow(self) -> None:
         """Run what rank 0 plans until it stops. Raises RuntimeError when rank 0 dies."""
@@ -175,7 +179,7 @@ class Worker:
         """Memory this rank may use: the GPU's, or its share of the machine's."""
         if self._device.type == "cuda":
             return torch.cuda.mem_get_info(self._device)[0]
-        return psutil.virtual_memory().available // self._ranks_on_this_machine()
+        return available_memory_bytes() // self._ranks_on_this_machine()
 
     def _ranks_on_this_machine(self) -> int:
         if self._world_size == 1:

@@ -73,7 +73,7 @@ class NativeLlama:
         refuse_biases(spec, source)
         self.spec = spec
         self.num_kv_heads = spec.num_kv_heads // shard.world_size
-        self._library = library
+        self.library = library
         self._shard = shard
         self._precision = precision
         loader = _Loader(spec, source, shard, precision, library)
@@ -87,25 +87,22 @@ class NativeLlama:
             self._embedding = loader.embedding()
             self._head = loader.table("lm_head") if shard.rank == 0 else None
         self._frequencies = rotary_frequencies(spec).contiguous()
-        self._workspace = library.searoom_workspace()
+        self._workspace = native.Workspace(library)
 
     def attach(self, kv_cache: torch.Tensor, num_threads: int) -> None:
         """Run on so many threads, over `kv_cache`: bfloat16 [layers, 2, N, K, block_tokens, D]."""
         assert kv_cache.dtype == torch.bfloat16 and kv_cache.is_contiguous()
         self._kv_cache = kv_cache
-        self._threads = num_threads
+        self.num_threads = num_threads
         self._layer_structs = self._make_layer_structs()
         self._model = self._make_model_struct()
 
-    def __del__(self) -> None:
-        if hasattr(self, "_workspace"):
-            self._library.searoom_free(self._workspace)
-
     @property
-    def weight_bytes(self) -> int:
-        """Bytes a step reads of this rank's matrices."""
-        layers = sum(m.nbytes for x in self._layers for m in (x.qkv, x.out, x.gate_up, x.down))
-        return layers + (self._head.nbytes if self._head else 0)
+    def bytes_per_weight(self) -> float:
+        """Of this rank's matrices, scales included."""
+        matrices = [m for x in self._layers for m in (x.qkv, x.out, x.gate_up, x.down)]
+        matrices += [self._head] if self._head is not None else []
+        return sum(m.nbytes for m in matrices) / sum(m.struct.n * m.struct.k for m in matrices)
 
     def forward(
         self,
@@ -134,7 +131,7 @@ class NativeLlama:
         half_layers = 2 * self.spec.num_layers
         stride = half_layers if self._shard.world_size == 1 else 1
         for first in range(0, half_layers, stride):
-            self._library.searoom_run(self._model, step, self._workspace, first, first + stride)
+            self.library.searoom_run(self._model, step, self._workspace.handle, first, first + stride)
             if stride == 1:
                 self._shard.all_reduce(delta)
         wanted = torch.from_numpy(rows)
@@ -145,9 +142,9 @@ class NativeLlama:
         assert self._head is not None, "only rank 0 holds the head"
         hidden = hidden.contiguous()
         logits = torch.empty(len(hidden), self._head.struct.n)
-        self._library.searoom_head(
+        self.library.searoom_head(
             self._model,
-            self._workspace,
+            self._workspace.handle,
             self._head.struct,
             self._norm.data_ptr(),
             hidden.data_ptr(),
@@ -162,9 +159,9 @@ class NativeLlama:
         assert self._head is not None, "only rank 0 holds the head"
         delta = torch.empty(num_tokens, self.spec.hidden_size)
         logits = torch.empty(num_tokens, self._head.struct.n)
-        self._library.searoom_linears(
+        self.library.searoom_linears(
             self._model,
-            self._workspace,
+            self._workspace.handle,
             self._head.struct,
             self.spec.num_layers,
             num_tokens,
@@ -178,8 +175,8 @@ class NativeLlama:
         assert self._head is not None
         out = torch.empty(len(token_ids), self.spec.hidden_size)
         ids = np.ascontiguousarray(token_ids, dtype=np.int32)
-        self._library.searoom_rows(
-            self._head.struct, ids.ctypes.data, len(ids), self._threads, out.data_ptr()
+        self.library.searoom_rows(
+            self._head.struct, ids.ctypes.data, len(ids), self.num_threads, out.data_ptr()
         )
         return out
 
@@ -209,7 +206,7 @@ class NativeLlama:
             ffn=spec.intermediate_size // ranks,
             block_tokens=block_tokens,
             num_blocks=num_blocks,
-            threads=self._threads,
+            threads=self.num_threads,
             is_int8=self._precision == "int8",
             eps=spec.rms_norm_eps,
             frequencies=self._frequencies.data_ptr(),

@@ -1,12 +1,10 @@
 """Packed weights against the matrices they stand for, and their products against the formula."""
 
-import ctypes
-
 import numpy as np
 import pytest
 import torch
 
-from kernels.cpu.library import Model
+from kernels.cpu.library import Model, Workspace
 from kernels.cpu.packing import GROUP, Arena, GroupQuantized, pack, quantize_groups, stack
 from kernels.rms_norm import rms_norm_reference
 from tests.kernels.native_cases import built, needs_library, rounded
@@ -94,11 +92,10 @@ def test_a_product_of_normed_rows_is_the_formula(kind, precision, rows):
     x, norm = torch.randn(rows, k) * 3, torch.rand(k) + 0.5
     model = Model(hidden=k, threads=2, is_int8=precision == "int8", eps=1e-5)
     out = torch.full((rows, n), float("nan"))
-    workspace = ctypes.c_void_p(library.searoom_workspace())
+    workspace = Workspace(library)
     library.searoom_head(
-        model, workspace, packed.struct, norm.data_ptr(), x.data_ptr(), None, rows, out.data_ptr()
+        model, workspace.handle, packed.struct, norm.data_ptr(), x.data_ptr(), None, rows, out.data_ptr()
     )
-    library.searoom_free(workspace)
     expected = rounded(rms_norm_reference(x, norm, 1e-5), precision) @ as_float(weight).T
     # A value on the border between two roundings may fall to either side.
     assert (out - expected).abs().max() < 0.02 * expected.std()
@@ -115,29 +112,11 @@ def test_a_broken_row_stays_broken_and_alone(kind, precision, broken):
     x = torch.randn(5, k)
     x[3, 40] = broken
     out = torch.empty(5, n)
-    workspace = ctypes.c_void_p(library.searoom_workspace())
+    workspace = Workspace(library)
     model = Model(hidden=k, threads=1, is_int8=precision == "int8", eps=1e-5)
     norm = torch.ones(k)
     library.searoom_head(
-        model, workspace, packed.struct, norm.data_ptr(), x.data_ptr(), None, 5, out.data_ptr()
+        model, workspace.handle, packed.struct, norm.data_ptr(), x.data_ptr(), None, 5, out.data_ptr()
     )
-    library.searoom_free(workspace)
     is_finite = out.isfinite().all(dim=1).tolist()
     assert is_finite == [True, True, True, False, True]
-
-
-@needs_library
-def test_argmax_takes_the_first_largest_and_refuses_what_is_not_finite():
-    """Any width, ties at any distance, a stride beyond the width; NaN and infinities give -1."""
-    library = built()
-    for columns in (1, 15, 16, 17, 131, 1000):
-        logits = torch.randint(0, 9, (12, columns + 5)).float()
-        logits[3, columns // 2] = float("nan")
-        logits[4, columns - 1] = float("inf")
-        logits[5, 0] = -float("inf")
-        logits[6] = -5
-        out = np.empty(12, dtype=np.int32)
-        library.searoom_argmax(logits.data_ptr(), 12, columns, columns + 5, 2, out.ctypes.data)
-        expected = np.array([row.index(max(row)) for row in logits[:, :columns].tolist()])
-        expected[[3, 4, 5]] = -1
-        assert out.tolist() == expected.tolist()

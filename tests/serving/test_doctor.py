@@ -49,7 +49,7 @@ def test_the_command_without_the_engine_needs_no_model() -> None:
 def test_the_embedded_model_is_examined() -> None:
     """Every section of the report is there, and the pool's figures are the worker's."""
     console = Console(record=True, width=200)
-    doctor.run(EngineSetup(threads=1, kv_blocks=64, max_num_seqs=16), console)
+    doctor.run(EngineSetup(threads=1, kv_blocks=128, max_num_seqs=16), console)
     text = console.export_text()
     for title in ("machine", "native path", "KV pool", "measured", "decode"):
         assert f"\n{title}\n" in text

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.host import Host, chosen, cpu_limit, findings, memory_limit, read_host
+from serving.host import Host, available_memory_bytes, chosen, cpu_limit, findings, memory_limit, read_host
 
 GIB = 1 << 30
 HOST = Host(
@@ -77,3 +77,15 @@ def test_this_machine_can_be_read() -> None:
     host = read_host()
     assert host.usable_cores >= 1 and 0 < host.available_bytes <= host.total_bytes
     assert findings(host)
+
+
+def test_a_containers_limit_bounds_what_is_available(tmp_path) -> None:
+    """What the limit leaves, file cache that can be dropped included; without a limit the machine's own."""
+    folder = tmp_path / "sys/fs/cgroup"
+    folder.mkdir(parents=True)
+    (folder / "memory.max").write_text("50000000\n")
+    (folder / "memory.current").write_text("30000000\n")
+    (folder / "memory.stat").write_text("anon 20000000\ninactive_file 4000000\n")
+    assert available_memory_bytes(tmp_path) == 24_000_000
+    (folder / "memory.max").write_text("max\n")
+    assert available_memory_bytes(tmp_path) > 100_000_000

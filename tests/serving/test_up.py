@@ -83,7 +83,7 @@ def test_threads_are_left_alone_where_they_are_given_or_the_cores_are_not_ours(t
         (UpOptions(home_region="mars"), "home_region"),
         (UpOptions(regions=("a", "a")), "names a region twice"),
         (UpOptions(regions=("US East",)), "regions.0.name"),
-        (UpOptions(dtype="int8"), "model.dtype"),
+        (UpOptions(dtype="int4"), "model.dtype"),
     ],
 )
 def test_a_flag_that_cannot_be_met_is_named(options, said):
@@ -107,7 +107,7 @@ def test_a_port_in_use_is_refused_even_where_it_could_be_shared():
 
 def test_a_pool_larger_than_memory_is_refused_with_what_would_fit(embedded_model):
     """All replicas' pools count; the number that the error gives is accepted."""
-    spec_bytes = 2 * 30 * 3 * 64 * 4 * 16  # K and V, layers, KV heads, head dim, float32, tokens a block
+    spec_bytes = 2 * 30 * 3 * 64 * 2 * 16  # K and V, layers, KV heads, head dim, bfloat16, tokens a block
     free = psutil.virtual_memory().available
     too_many = free // spec_bytes  # fits once, not twice
     with pytest.raises(ConfigError, match=r"--kv-blocks: .* in each of 2 replicas") as refused:

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from serving.bench.engine import prefix, pressure, quality, session, tpot
+from serving.bench.engine import prefix, pressure, quality, session, step_accuracy, tpot
 from serving.bench.engine.figures import Load
 from serving.bench.engine.offline import EngineSetup
 from serving.bench.engine.peers import SCRIPTS, PeerFailed, PeerSpec
@@ -57,6 +57,10 @@ def engine(
         float | None,
         typer.Option(min=1, help="Instead: the governor under this target, beside the best fixed cap."),
     ] = None,
+    with_step_time: Annotated[
+        bool,
+        typer.Option("--step-time", help="Instead: predicted against measured steps, beside repeat noise."),
+    ] = False,
     with_quality: Annotated[
         bool, typer.Option("--quality", help="Instead: how far each --dtype is from float32, on 200 prompts.")
     ] = False,
@@ -87,6 +91,8 @@ def engine(
             ]
         if tpot_ms is not None:
             results["tpot"] = [tpot.run(replace(setup, dtype=name), tpot_ms, console) for name in dtypes]
+        if with_step_time:
+            results["step_time"] = [step_accuracy.run(replace(setup, dtype=name), console) for name in dtypes]
         with console.status("") as status:
             if with_quality:
                 setups = [replace(setup, dtype=name) for name in dtypes]

@@ -25,6 +25,10 @@ class TimedExecutor:
     def num_blocks(self) -> int:
         return self._worker.num_blocks
 
+    @property
+    def bytes_per_weight(self) -> float:
+        return self._worker.bytes_per_weight
+
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
         return self._worker.execute(plan, sampling)
 

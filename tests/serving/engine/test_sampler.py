@@ -1,4 +1,4 @@
-"""The sampler against a one-row numpy reference, and its laws."""
+"""Both samplers against a one-row numpy reference, and their laws."""
 
 import itertools
 
@@ -6,9 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from serving.engine import sampler
+from serving.engine import native_sampler, sampler
+from serving.engine.native_sampler import sample_native
 from serving.engine.plan import SamplingBatch
-from serving.engine.sampler import sample, uniform
+from serving.engine.sampler import sample as sample_torch
+from serving.engine.sampler import uniform
+from tests.kernels.native_cases import built, needs_library
+
+
+@pytest.fixture(params=["torch", pytest.param("native", marks=needs_library)])
+def sample(request):
+    """Tokens int32 [S] of logits [S, V]: each law holds for both."""
+    if request.param == "torch":
+        return sample_torch
+    return lambda logits, batch: torch.from_numpy(sample_native(built(), logits, batch, 2))
 
 
 def batch(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0):
@@ -57,7 +68,7 @@ CONTROLS = list(
 
 @pytest.mark.parametrize("top_ks", [[0], [0, 1, 2, 7], [0, 1, 2, 7, 49, 50, 1000]])
 @pytest.mark.parametrize("candidates", [1, 8, 1024])
-def test_mixed_rows_invert_the_reference_distribution(monkeypatch, candidates, top_ks):
+def test_mixed_rows_invert_the_reference_distribution(sample, monkeypatch, candidates, top_ks):
     """Every mix of controls, all in one batch, gives the reference's inverse CDF at each row's number,
     whether a nucleus is found among the candidates or by sorting."""
     monkeypatch.setattr(sampler, "_NUCLEUS_CANDIDATES", candidates)
@@ -77,14 +88,15 @@ def test_mixed_rows_invert_the_reference_distribution(monkeypatch, candidates, t
 
 
 @pytest.mark.parametrize("number", [0.0, 1 - 2.0**-48])
-def test_extreme_numbers_draw_kept_tokens(monkeypatch, number):
+def test_extreme_numbers_draw_kept_tokens(sample, monkeypatch, number):
     """The least and the largest number draw the first and the last kept token, never a dropped one."""
-    monkeypatch.setattr(sampler, "uniform", lambda seed, position: np.full(len(seed), number))
+    for module in (sampler, native_sampler):
+        monkeypatch.setattr(module, "uniform", lambda seed, position: np.full(len(seed), number))
     logits = torch.tensor([[0.0, 9.0, 0.0, 9.0, 0.0]]).repeat(40, 1) + torch.arange(40)[:, None] / 7
     assert sample(logits, batch(40, top_k=2)).tolist() == [3 if number else 1] * 40
 
 
-def test_frequencies_follow_the_probabilities():
+def test_frequencies_follow_the_probabilities(sample):
     """Over positions of one seed, and over seeds at one position, draws pass a chi-square test."""
     logits = np.log(np.array([0.4, 0.3, 0.15, 0.1, 0.05], dtype=np.float32))
     draws = 20_000
@@ -107,7 +119,7 @@ def test_numbers_are_uniform_and_unrelated():
         assert abs(np.corrcoef(left.ravel(), right.ravel())[0, 1]) < 0.02  # 4 sigma
 
 
-def test_a_draw_does_not_depend_on_its_batch():
+def test_a_draw_does_not_depend_on_its_batch(sample):
     """A row gives the same token alone, reversed, and beside rows that ask for something else."""
     rows = 12
     logits = torch.from_numpy(np.random.default_rng(1).normal(0, 3, (rows, 3000)).astype(np.float32))
@@ -128,7 +140,7 @@ def test_a_draw_does_not_depend_on_its_batch():
     assert torch.cat(alone).equal(together)
 
 
-def test_ties_at_a_cut_are_kept():
+def test_ties_at_a_cut_are_kept(sample):
     """Three equal logits under top_k 2 are all drawn: a cut is a threshold, not a count."""
     draws = 300
     logits = torch.tensor([5.0, 1.0, 5.0, 5.0]).expand(draws, -1)
@@ -137,7 +149,7 @@ def test_ties_at_a_cut_are_kept():
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
-def test_rows_that_are_not_finite_get_minus_one(broken, temperature):
+def test_rows_that_are_not_finite_get_minus_one(sample, broken, temperature):
     """One bad value spoils its own row only."""
     logits = torch.zeros(3, 100)
     logits[1, 37] = broken
@@ -147,8 +159,28 @@ def test_rows_that_are_not_finite_get_minus_one(broken, temperature):
     assert tokens.dtype == torch.int32
 
 
-def test_no_rows_and_all_greedy():
+def test_no_rows_and_all_greedy(sample):
     """A step that wants no logits draws nothing; greedy rows take the largest."""
     assert sample(torch.empty(0, 10), batch(0)).shape == (0,)
     logits = torch.randn(4, 10)
     assert sample(logits, batch(4, temperature=0.0)).equal(logits.argmax(-1).int())
+
+
+@needs_library
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 30.0])
+def test_on_a_whole_vocabulary_both_draw_the_same(temperature):
+    """Of 49,152 tokens, with all kinds of cuts, the two differ only where rounding moves a border."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(48, 49_152, generator=generator) * 3
+    logits[::4, :700] += 9  # a wide nucleus
+    asked = batch(
+        48,
+        temperature=temperature,
+        top_k=[0, 40, 1, 20_000] * 12,
+        top_p=[1.0, 0.9, 0.99] * 16,
+        min_p=[0.0] * 24 + [0.05] * 24,
+        seed=range(48),
+        position=range(48),
+    )
+    ours = sample_native(built(), logits, asked, 2)
+    assert (ours == sample_torch(logits, asked).numpy()).mean() >= 0.95
