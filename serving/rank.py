@@ -23,7 +23,6 @@ from serving.config import EngineConfig, ModelConfig
 from serving.engine.assembly import build_engine
 from serving.engine.engine import Engine, EngineIdentity
 from serving.engine.executor import ExecutorOptions
-from serving.engine.machine import Machine
 from serving.engine.scheduler import SchedulerLimits
 from serving.errors import ConfigError
 from serving.messages import StepFrame, Submit, decode, encode
@@ -128,7 +127,7 @@ class Rank:
             block_tokens=config.block_tokens,
             kv_dtype=self._executor.kv_dtype,
             tpot_ms=config.tpot_ms,
-            machine=_measured_machine(dtype, config.device, identity),
+            machine=self._executor.measure_machine(),
         )
 
     def _run_steps(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -177,15 +176,3 @@ def _executor_factory(path: str) -> Callable[[ExecutorOptions], Any]:
     except (ImportError, AttributeError) as missing:
         raise ConfigError(f"engine.executor: {path!r} cannot be imported: {missing}") from missing
     return factory
-
-
-def _measured_machine(dtype: str, device: str, identity: RankIdentity) -> Machine:
-    """What the group's ranks can do together, were each alone like this one; a tenth of a second.
-
-    Imported here because it brings torch, and the ModelReplica, which imports this module, has none.
-    """
-    flops_per_s, bytes_per_s = importlib.import_module("kernels.machine").measure(dtype, device)
-    return Machine(
-        flops_per_s=flops_per_s * identity.world_size,
-        bytes_per_s=bytes_per_s * identity.world_size / identity.ranks_on_node,
-    )

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.engine.machine import Machine
 from serving.engine.plan import SamplingBatch, StepPlan
 
 EMPTY = -1
@@ -44,6 +45,9 @@ class FakeExecutor:
         self._is_poisoned = is_poisoned
         self._token_of = np.full(num_blocks * block_tokens, EMPTY, dtype=np.int32)
         self._position_of = np.full(num_blocks * block_tokens, EMPTY, dtype=np.int32)
+
+    def measure_machine(self) -> Machine:
+        return Machine()
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
         """Write all keys and values, then attend: the order of a real forward pass."""

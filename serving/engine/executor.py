@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.engine.machine import Machine
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.model_spec import ModelSpec
 
@@ -53,6 +54,10 @@ class Executor(Protocol):
     @property
     def bytes_per_weight(self) -> float:
         """What a step reads of memory for each of the model's weights, on average."""
+        ...
+
+    def measure_machine(self) -> Machine:
+        """What the machines of all ranks give together; may take some tenths of a second."""
         ...
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:

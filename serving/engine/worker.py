@@ -21,6 +21,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from kernels.cpu import library as native
+from kernels.machine import measure
 from serving.engine.executor import KV_DTYPES, ExecutorOptions
 from serving.engine.kv_sizing import (
     DEFAULT_CPU_KV_BYTES,
@@ -29,6 +30,7 @@ from serving.engine.kv_sizing import (
     size_pool,
     step_peak_bytes,
 )
+from serving.engine.machine import Machine
 from serving.engine.model_runner import ModelRunner, allocate_kv_cache
 from serving.engine.native_runner import NativeRunner, NativeUpgrade, load_native, precision_of
 from serving.engine.plan import SamplingBatch, StepPlan
@@ -67,6 +69,8 @@ class Worker:
         self.block_bytes = (
             options.block_tokens * options.spec.kv_bytes_per_token(kv_dtype.itemsize) // options.world_size
         )
+        self._dtype = options.dtype
+        self._ranks_here = self._ranks_on_this_machine()
         precision = precision_of(options)
         library = native.cached() if precision is not None else None
         if not self._least(int(library is not None)):  # on all ranks or on none: they sum one dtype
@@ -97,6 +101,12 @@ class Worker:
     def bytes_per_weight(self) -> float:
         """As they lie in memory now."""
         return self._runner.bytes_per_weight
+
+    def measure_machine(self) -> Machine:
+        """What all ranks can do together, were each like this one; some tenths of a second."""
+        flops_per_s, bytes_per_s = measure(self._dtype, self._device.type)
+        nodes = self._world_size / self._ranks_here  # ranks on one machine share its memory
+        return Machine(flops_per_s * self._world_size, bytes_per_s * nodes)
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
         """Run `plan` on every rank and draw one token a wanted row: [S], -1 where not finite."""
@@ -179,7 +189,7 @@ class Worker:
         """Memory this rank may use: the GPU's, or its share of the machine's."""
         if self._device.type == "cuda":
             return torch.cuda.mem_get_info(self._device)[0]
-        return available_memory_bytes() // self._ranks_on_this_machine()
+        return available_memory_bytes() // self._ranks_here
 
     def _ranks_on_this_machine(self) -> int:
         if self._world_size == 1:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.engine.machine import Machine
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.engine.worker import Worker
 
@@ -28,6 +29,9 @@ class TimedExecutor:
     @property
     def bytes_per_weight(self) -> float:
         return self._worker.bytes_per_weight
+
+    def measure_machine(self) -> Machine:
+        return self._worker.measure_machine()
 
     def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
         return self._worker.execute(plan, sampling)
