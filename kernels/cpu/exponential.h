@@ -2,6 +2,8 @@
 
 #include <immintrin.h>
 
+#include <initializer_list>
+
 // e^x for x <= 88, relative error below 1e-6: 2^n by exponent, the rest by a polynomial on [-0.5, 0.5].
 // Of two operands one of which is NaN, min and max return the second: so NaN stays NaN.
 inline __m512 exponential(__m512 x) {

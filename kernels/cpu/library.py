@@ -1,4 +1,4 @@
-"""`forward.cpp` and `sample.cpp`, compiled once for this machine and kept in the user's cache folder.
+"""The native library: this folder's C++, compiled once for this machine and kept in the user's cache.
 
 Nothing waits for a compiler: `cached()` gives the library if it is there, `build()` makes it (about
 ten seconds) and is called off the serving path. A machine without a compiler or without AVX-512
@@ -18,8 +18,8 @@ from ctypes import POINTER, c_float, c_int32, c_void_p
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_SOURCES = tuple(_FOLDER / name for name in ("forward.cpp", "sample.cpp"))
-_HEADERS = (_FOLDER / "exponential.h",)
+_SOURCES = tuple(_FOLDER / name for name in ("forward.cpp", "packing.cpp", "sample.cpp"))
+_HEADERS = tuple(_FOLDER / name for name in ("attention.h", "exponential.h", "layout.h", "products.h"))
 _NEEDED_FLAGS = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "f16c", "fma"}
 _COMPILERS = ("g++", "clang++", "c++")
 _OPTIONS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fPIC", "-shared")

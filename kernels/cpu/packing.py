@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def stack(parts: list[GroupQuantized]) -> GroupQuantized:
 
 
 class Arena:
-    """Memory for packed weights, in huge pages where the system gives them; freed with the last array."""
+    """Memory in huge pages, where the system gives them; freed with the last array in it."""
 
     def __init__(self) -> None:
         self._map = mmap.mmap(-1, 1)
@@ -91,7 +92,8 @@ class Arena:
         start = -(-self._used // 64) * 64
         if start + num_bytes > len(self._map):
             self._map = mmap.mmap(-1, max(_ARENA_BYTES, num_bytes))
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # a kernel without huge pages gives small ones
+                self._map.madvise(mmap.MADV_HUGEPAGE)
             start = 0
         self._used = start + num_bytes
         return np.frombuffer(self._map, dtype=dtype, count=int(np.prod(shape)), offset=start).reshape(shape)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kernels.cpu.packing import Arena
 from kernels.paged_attention import plan_attention
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.engine.sampler import sample
@@ -18,11 +21,14 @@ def allocate_kv_cache(
 ) -> torch.Tensor:
     """An empty cache [layers, 2, num_blocks, K, block_tokens, D] of this rank's heads.
 
-    Not initialised: attention never reads a slot that was not written, and untouched pages of a
-    pool on CPU cost no memory.
+    Its content is undefined: attention never reads a slot that was not written. On CPU it lies in huge
+    pages, for blocks are read from all over it; those that nobody touches cost no memory.
     """
     shape = (model.spec.num_layers, 2, num_blocks, model.num_kv_heads, block_tokens, model.spec.head_dim)
-    return torch.empty(shape, dtype=dtype, device=device)
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(Arena().take((num_bytes,), np.uint8)).view(dtype).view(shape)
 
 
 class ModelRunner:
