@@ -100,15 +100,15 @@ async def test_a_killed_rank_ends_its_streams_and_is_replaced(up):
     old = {region: replica["load"]["replica_id"] for region, replica in loads(up).items()}
 
     async def begin(number):
-        # Twelve of these need more blocks than one region has, so both get some.
+        # Eight of these need more blocks than one region has, so both get some; and they last for seconds.
         prompt = f"{number} " + "word " * 250
         stream = await client.completions.create(
-            model=up.model, prompt=prompt, stream=True, max_tokens=100, extra_body={"ignore_eos": True}
+            model=up.model, prompt=prompt, stream=True, max_tokens=1000, extra_body={"ignore_eos": True}
         )
         await anext(aiter(stream))
         return stream
 
-    streams = await asyncio.gather(*(begin(number) for number in range(12)))
+    streams = await asyncio.gather(*(begin(number) for number in range(8)))
     in_flight = {region: replica["num_in_flight"] for region, replica in loads(up).items()}
     assert all(in_flight.values()), f"both regions must have streams: {in_flight}"
     ranks = up.processes("ray::Rank")

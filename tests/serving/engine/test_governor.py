@@ -31,6 +31,8 @@ class SimulatedMachine:
     slowdown: float = 1.0
     step_ms: list[float] = field(default_factory=list)
 
+    bytes_per_weight = 2.0
+
     def execute(self, plan, sampling):
         counts, tokens = np.diff(plan.query_start), len(plan.token_ids)
         starts = plan.context_lens - counts
