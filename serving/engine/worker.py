@@ -134,6 +134,8 @@ class Worker:
         if self._rank == 0:
             with contextlib.suppress(RuntimeError):  # a rank that is gone needs no stop
                 self._send(_STOP, np.empty(0, dtype=np.int32))
+        # The group's threads end with its last reference: here, not while the interpreter shuts down.
+        self._tensor_group = None
         dist.destroy_process_group()
 
     def _load(self, options: ExecutorOptions, shard: Shard) -> Llama:

@@ -55,4 +55,5 @@ def tensor_parallel(options: ExecutorOptions, world_size: int) -> Iterator[tuple
         worker.close()
         for process in others:
             process.join(JOIN_S)
-    assert [process.exitcode for process in others] == [0] * len(others)
+    exit_codes = [process.exitcode for process in others]
+    assert exit_codes == [0] * len(others), exit_codes
