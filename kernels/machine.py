@@ -57,7 +57,6 @@ def _native_product(dtype: str, library: ctypes.CDLL) -> Callable[[], object]:
         packed.struct,
         norm.data_ptr(),
         rows.data_ptr(),
-        None,
         _ROWS,
         out.data_ptr(),
     )

@@ -183,11 +183,7 @@ class BlockRemoved(msgspec.Struct, frozen=True, array_like=True, tag=True):
     block_hash: bytes
 
 
-class BlocksCleared(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Nothing is cached any more."""
-
-
-BlockEvent = BlockStored | BlockRemoved | BlocksCleared
+BlockEvent = BlockStored | BlockRemoved
 
 
 class BlockEvents(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,14 +12,14 @@
 
 namespace {
 
+constexpr int kKeyTile = 64;    // keys of an attention tile
+constexpr int kQueryRows = 48;  // (token, head) rows of an attention tile, at least the heads of a token
+
 inline __m512i broadcast4(const void* at) {
   int32_t four;
   std::memcpy(&four, at, 4);
   return _mm512_set1_epi32(four);
 }
-
-constexpr int kKeyTile = 64;    // keys of an attention tile
-constexpr int kQueryRows = 48;  // (token, head) rows of an attention tile
 
 // rows[i] holds 16 32-bit values; afterwards rows[j] holds value j of each.
 inline void transpose(__m512i (&rows)[16]) {

@@ -23,13 +23,12 @@
 namespace {
 
 inline __m512 silu(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1.0f);
   const __m512 negated = _mm512_sub_ps(_mm512_setzero_ps(), x);
-  const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(88.0f), negated);
-  return _mm512_div_ps(x, _mm512_add_ps(one, exponential(bounded)));
+  const __m512 bounded = _mm512_min_ps(_mm512_set1_ps(88.0f), negated);  // in this order NaN stays NaN
+  return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exponential(bounded)));
 }
 
-// x += delta, and the RMS norm of x as activations. Called by every thread.
+// x += delta (where there is one), and the RMS norm of x as activations. Called by every thread.
 void add_norm(float* x, const float* delta, const float* weight, float eps, int tokens, int d,
               Activations& out) {
 #pragma omp for schedule(static)
@@ -154,13 +153,13 @@ void searoom_run(const Model* model_at, const Step* step_at, Workspace* work, in
   }
 }
 
-// logits [S, n] of rows [S, d], after x += delta and the final norm; both are overwritten by nothing.
+// Logits [S, n] of hidden states x [S, d], through the final norm.
 void searoom_head(const Model* model, Workspace* work, const Matrix* head, const float* norm, float* x,
-                  const float* delta, int rows, float* logits) {
+                  int rows, float* logits) {
   work->norm.shape(rows, model->hidden, model->is_int8 != 0);
 #pragma omp parallel num_threads(model->threads)
   {
-    add_norm(x, delta, norm, model->eps, rows, model->hidden, work->norm);
+    add_norm(x, nullptr, norm, model->eps, rows, model->hidden, work->norm);
     multiply(*head, work->norm, rows, logits, head->n);
   }
 }
@@ -175,7 +174,7 @@ void searoom_linears(const Model* model_at, Workspace* work, const Matrix* head,
   work->attended.shape(tokens, model.heads * model.head_dim, int8);
   work->gated.shape(tokens, model.ffn, int8);
   work->qkv.get(tokens * width);
-  static Buffer<float> both;
+  Buffer<float> both;
   both.get(size_t(tokens) * 2 * model.ffn);
 #pragma omp parallel num_threads(model.threads)
   {

@@ -10,7 +10,6 @@
 #pragma once
 
 #include <immintrin.h>
-#include <omp.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -38,7 +37,7 @@ extern "C" {
 
 // A weight [n, k]; n is a multiple of 32 and k of 32.
 struct Matrix {
-  int32_t format, n, k, unused;
+  int32_t format, n, k;
   const uint8_t* values;   // BF16 [n/16][k/2][16][2], in pairs (0, 2), (1, 3) of every four inputs;
                            // Q8 [n/16][k/4][16][4]; Q4 [n/16][k/32][4][16][4], inputs 0-15 in low halves
   const uint16_t* scales;  // f16: Q8 [n/16][k/32][16]; Q4 [n/16][k/32][scale, minimum][16]
@@ -52,14 +51,14 @@ struct Layer {
 };
 
 struct Model {
-  int32_t hidden, heads, kv_heads, head_dim, ffn, block_tokens, num_blocks, threads, is_int8, unused;
-  float eps, unused_float;
+  int32_t hidden, heads, kv_heads, head_dim, ffn, block_tokens, num_blocks, threads, is_int8;
+  float eps;
   const float* frequencies;  // [D / 2]
   const Layer* layers;
 };
 
 struct Step {
-  int32_t tokens, sequences, table_width, unused;
+  int32_t tokens, sequences, table_width;
   const int32_t *positions, *slots;                           // [T]
   const int32_t *query_start, *context_lens, *block_tables;   // [B + 1], [B], [B, table_width]
   float *x, *delta;                                           // [T, d]

@@ -31,7 +31,6 @@ class Matrix(ctypes.Structure):
         ("format", c_int32),
         ("n", c_int32),
         ("k", c_int32),
-        ("unused", c_int32),
         ("values", c_void_p),
         ("scales", c_void_p),
     ]
@@ -60,9 +59,7 @@ class Model(ctypes.Structure):
         ("num_blocks", c_int32),
         ("threads", c_int32),
         ("is_int8", c_int32),
-        ("unused", c_int32),
         ("eps", c_float),
-        ("unused_float", c_float),
         ("frequencies", c_void_p),
         ("layers", POINTER(Layer)),
     ]
@@ -73,7 +70,6 @@ class Step(ctypes.Structure):
         ("tokens", c_int32),
         ("sequences", c_int32),
         ("table_width", c_int32),
-        ("unused", c_int32),
         ("positions", c_void_p),
         ("slots", c_void_p),
         ("query_start", c_void_p),
@@ -87,7 +83,7 @@ class Step(ctypes.Structure):
 _SIGNATURES = {
     "searoom_run": (POINTER(Model), POINTER(Step), c_void_p, c_int32, c_int32),
     "searoom_head": (
-        POINTER(Model), c_void_p, POINTER(Matrix), c_void_p, c_void_p, c_void_p, c_int32, c_void_p,
+        POINTER(Model), c_void_p, POINTER(Matrix), c_void_p, c_void_p, c_int32, c_void_p,
     ),
     "searoom_linears": (
         POINTER(Model), c_void_p, POINTER(Matrix), c_int32, c_int32, c_void_p, c_void_p,
@@ -151,6 +147,8 @@ def build() -> ctypes.CDLL:
             if done.returncode != 0:
                 raise RuntimeError(f"{compiler} failed on the native library: {done.stderr.strip()[-2000:]}")
             made.replace(path)  # whole or not at all: several ranks may build at once
+        except subprocess.TimeoutExpired as slow:
+            raise RuntimeError(f"{compiler} did not end within {_TIMEOUT_S} s") from slow
         finally:
             made.unlink(missing_ok=True)
     return _open(path)

@@ -1,4 +1,4 @@
-"""Weights in the layouts that `forward.cpp` multiplies with: bfloat16, or 8 and 4 bits in groups of 32.
+"""Weights in the layouts that `products.h` multiplies with: bfloat16, or 8 and 4 bits in groups of 32.
 
     BF16   w as it is
     Q8     w = scale (q - 128)         q in 0..255     GGUF's Q8_0; any float weight, by `quantize_groups`
@@ -125,7 +125,7 @@ def _pack_bf16(weight: torch.Tensor, arena: Arena, library: ctypes.CDLL) -> Pack
     n, k = rows.shape
     values = arena.take((n // PANEL, k // 2, PANEL, 2), np.int16)
     library.searoom_pack_bf16(rows.ctypes.data, n, k, values.ctypes.data)
-    return PackedMatrix(Matrix(_BF16, n, k, 0, values.ctypes.data, None), values, None)
+    return PackedMatrix(Matrix(_BF16, n, k, values.ctypes.data, None), values, None)
 
 
 def _pack_groups(weight: GroupQuantized, arena: Arena, library: ctypes.CDLL) -> PackedMatrix:
@@ -139,7 +139,7 @@ def _pack_groups(weight: GroupQuantized, arena: Arena, library: ctypes.CDLL) -> 
     scales = arena.take((n // PANEL, k // GROUP, len(per_group), PANEL), np.float16)
     for index, part in enumerate(per_group):
         scales[:, :, index] = _pad(part).reshape(n // PANEL, PANEL, -1).swapaxes(1, 2)
-    struct = Matrix(_Q4 if is_q4 else _Q8, n, k, 0, values.ctypes.data, scales.ctypes.data)
+    struct = Matrix(_Q4 if is_q4 else _Q8, n, k, values.ctypes.data, scales.ctypes.data)
     return PackedMatrix(struct, values, scales)
 
 

@@ -23,6 +23,23 @@ inline __m512 load_half(const uint16_t* at) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
 }
 
+template <int MR>
+void store_rows(const __m512 (&acc)[MR], float* out, size_t stride) {
+#pragma GCC unroll 16
+  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out + m * stride, acc[m]);
+}
+
+// The scales, and of Q4 the minima, of 16 outputs' next group.
+template <bool IS_Q4>
+struct GroupScales {
+  __m512 scale, minimum;
+
+  explicit GroupScales(const uint16_t*& at) : scale(load_half(at)), minimum(_mm512_setzero_ps()) {
+    if (IS_Q4) minimum = load_half(at + kLanes);
+    at += IS_Q4 ? 2 * kLanes : kLanes;
+  }
+};
+
 // A register tile: the first MR rows of tile `t` of `in`, times 32 outputs of two neighbouring panels (or,
 // where groups have scales, twice 16 outputs of one), to out [MR, 32].
 template <int MR>
@@ -82,18 +99,15 @@ void panel_int8(const uint8_t* w, const uint16_t* scales, const Activations& in,
           sum[m] = _mm512_dpbusd_epi32(sum[m], second, _mm512_set1_epi32(later[m]));
       }
     }
-    const __m512 scale = load_half(scales);
-    const __m512 minimum = IS_Q4 ? load_half(scales + kLanes) : _mm512_setzero_ps();
-    scales += IS_Q4 ? 2 * kLanes : kLanes;
+    const GroupScales<IS_Q4> of(scales);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(in.scales[group + m]));
+      const __m512 both = _mm512_mul_ps(of.scale, _mm512_set1_ps(in.scales[group + m]));
       acc[m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[m]), both, acc[m]);
-      if (IS_Q4) acc[m] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(in.sums[group + m]), acc[m]);
+      if (IS_Q4) acc[m] = _mm512_fmadd_ps(of.minimum, _mm512_set1_ps(in.sums[group + m]), acc[m]);
     }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out + m * stride, acc[m]);
+  store_rows<MR>(acc, out, stride);
 }
 
 // The 32 values at place `pair` (0, 1: first half of the group; 2, 3: second) of a load of Q4 or Q8.
@@ -146,17 +160,14 @@ void panel_wide(const uint8_t* w, const uint16_t* scales, const Activations& in,
           sum[m] = _mm512_dpbf16_ps(sum[m], weights, (__m512bh)_mm512_set1_epi32(values[m]));
       }
     }
-    const __m512 scale = load_half(scales);
-    const __m512 minimum = IS_Q4 ? load_half(scales + kLanes) : _mm512_setzero_ps();
-    scales += IS_Q4 ? 2 * kLanes : kLanes;
+    const GroupScales<IS_Q4> of(scales);
 #pragma GCC unroll 16
     for (int m = 0; m < MR; ++m) {
-      acc[m] = _mm512_fmadd_ps(sum[m], scale, acc[m]);
-      if (IS_Q4) acc[m] = _mm512_fmadd_ps(minimum, _mm512_set1_ps(in.sums[group + m]), acc[m]);
+      acc[m] = _mm512_fmadd_ps(sum[m], of.scale, acc[m]);
+      if (IS_Q4) acc[m] = _mm512_fmadd_ps(of.minimum, _mm512_set1_ps(in.sums[group + m]), acc[m]);
     }
   }
-#pragma GCC unroll 16
-  for (int m = 0; m < MR; ++m) _mm512_storeu_ps(out + m * stride, acc[m]);
+  store_rows<MR>(acc, out, stride);
 }
 
 template <int MR>

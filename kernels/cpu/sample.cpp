@@ -5,7 +5,6 @@
 // in bins by their distance from the largest, and only the bin that the cut falls into is put in order.
 
 #include <immintrin.h>
-#include <omp.h>
 
 #include <algorithm>
 #include <cmath>

@@ -15,7 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from serving.engine.block_events import BlockEventLog
-from serving.messages import BlockRemoved, BlocksCleared, BlockSnapshot, BlockStored
+from serving.messages import BlockRemoved, BlockSnapshot, BlockStored
 
 
 class BlockPool:
@@ -97,14 +97,6 @@ class BlockPool:
         for block in blocks:
             assert self._num_readers[block] > 0
             self._drop_hash(block)
-
-    def clear(self) -> None:
-        """Take all names away: what is held stays held, and nothing is cached."""
-        self._hash_of = [None] * self.num_blocks
-        self._block_of.clear()
-        self._free.extend(self._evictable)
-        self._evictable.clear()
-        self.events.record(BlocksCleared())
 
     def snapshot(self) -> BlockSnapshot:
         """Everything that is cached now, for a consumer of the events that has missed some."""

@@ -117,3 +117,4 @@ class NativeUpgrade:
         model = load_native(options, self._precision, Shard(), library)
         model.attach(self._kv_cache, options.num_threads)
         self._runner = NativeRunner(model)
+        logger.info("the native library is compiled, and takes over from torch's kernels")

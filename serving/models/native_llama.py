@@ -27,6 +27,7 @@ Ints = NDArray[np.int32]
 Weight = torch.Tensor | GroupQuantized
 
 _HEAD_DIMS = (32, 64, 128, 256)
+_MOST_SHARING = 48  # query heads of a key/value head: `kQueryRows` of attention.h
 
 
 def unsupported(spec: ModelSpec, world_size: int, block_tokens: int) -> str | None:
@@ -38,6 +39,8 @@ def unsupported(spec: ModelSpec, world_size: int, block_tokens: int) -> str | No
     )
     if spec.head_dim not in _HEAD_DIMS:
         return f"head dim {spec.head_dim} is none of {_HEAD_DIMS}"
+    if spec.num_heads // spec.num_kv_heads > _MOST_SHARING:
+        return f"{spec.num_heads // spec.num_kv_heads} query heads share a KV head, more than {_MOST_SHARING}"
     if any(width % GROUP for width in widths):
         return f"the widths {widths} of a rank's matrices are not all multiples of {GROUP}"
     if block_tokens % 16:
@@ -114,7 +117,12 @@ class NativeLlama:
         block_tables: Ints,
         rows: Ints,
     ) -> torch.Tensor:
-        """Hidden states float32 [S, d] of `rows` before the final norm; arrays as in a step's plan."""
+        """Hidden states float32 [S, d] of `rows` before the final norm; arrays as in a step's plan.
+
+        Raises IndexError for a token id beyond the vocabulary: C++ would read whatever lies there.
+        """
+        if token_ids.min() < 0 or token_ids.max() >= self.spec.vocab_size:
+            raise IndexError(f"token ids {token_ids.min()} to {token_ids.max()}, of {self.spec.vocab_size}")
         x = self._embed(token_ids)
         delta = torch.empty_like(x)
         arrays = (positions, slot_mapping, query_start, context_lens, block_tables)
@@ -123,7 +131,6 @@ class NativeLlama:
             len(token_ids),
             len(context_lens),
             block_tables.shape[1],
-            0,
             *(array.ctypes.data for array in held),
             x.data_ptr(),
             delta.data_ptr(),
@@ -148,7 +155,6 @@ class NativeLlama:
             self._head.struct,
             self._norm.data_ptr(),
             hidden.data_ptr(),
-            None,
             len(hidden),
             logits.data_ptr(),
         )

@@ -94,7 +94,7 @@ def test_a_product_of_normed_rows_is_the_formula(kind, precision, rows):
     out = torch.full((rows, n), float("nan"))
     workspace = Workspace(library)
     library.searoom_head(
-        model, workspace.handle, packed.struct, norm.data_ptr(), x.data_ptr(), None, rows, out.data_ptr()
+        model, workspace.handle, packed.struct, norm.data_ptr(), x.data_ptr(), rows, out.data_ptr()
     )
     expected = rounded(rms_norm_reference(x, norm, 1e-5), precision) @ as_float(weight).T
     # A value on the border between two roundings may fall to either side.
@@ -116,7 +116,7 @@ def test_a_broken_row_stays_broken_and_alone(kind, precision, broken):
     model = Model(hidden=k, threads=1, is_int8=precision == "int8", eps=1e-5)
     norm = torch.ones(k)
     library.searoom_head(
-        model, workspace.handle, packed.struct, norm.data_ptr(), x.data_ptr(), None, 5, out.data_ptr()
+        model, workspace.handle, packed.struct, norm.data_ptr(), x.data_ptr(), 5, out.data_ptr()
     )
     is_finite = out.isfinite().all(dim=1).tolist()
     assert is_finite == [True, True, True, False, True]

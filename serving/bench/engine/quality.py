@@ -25,6 +25,9 @@ from serving.bench.engine.prompts import chat_prompts
 from serving.bench.engine.report import Verdict
 from serving.bench.engine.tables import print_verdicts
 from serving.engine.plan import StepPlan
+from serving.engine.scheduled_step import Chunk, ScheduledStep, build_plan
+from serving.engine.sequence import Sequence as EngineSequence
+from serving.messages import SamplingParams, Submit
 from serving.tokenizer import Tokenizer
 
 NUM_PROMPTS = 200
@@ -144,22 +147,21 @@ def step_plan(
 
     Sequence i owns blocks `i * width : (i + 1) * width`; `width` 0 is as many as the longest needs.
     """
-    ends = np.array([len(ids) for ids, _ in sequences], dtype=np.int32)
-    starts = np.array([computed for _, computed in sequences], dtype=np.int32)
-    width = width or -(-int(ends.max()) // block_tokens)
-    tables = np.arange(len(sequences) * width, dtype=np.int32).reshape(len(sequences), width)
-    query_start = np.concatenate(([0], np.cumsum(ends - starts))).astype(np.int32)
-    positions = np.concatenate([np.arange(s, e, dtype=np.int32) for s, e in zip(starts, ends, strict=True)])
-    sequence_of = np.repeat(np.arange(len(sequences)), ends - starts)
-    return StepPlan(
-        token_ids=np.concatenate([np.array(ids[done:], dtype=np.int32) for ids, done in sequences]),
-        positions=positions,
-        slot_mapping=tables[sequence_of, positions // block_tokens] * block_tokens + positions % block_tokens,
-        query_start=query_start,
-        context_lens=ends,
-        block_tables=tables,
-        logits_rows=query_start[1:] - 1,
-    )
+    width = width or -(-max(len(ids) for ids, _ in sequences) // block_tokens)
+    chunks = []
+    for index, (ids, computed) in enumerate(sequences):
+        submit = Submit(
+            request_id=str(index),
+            token_ids=ids,
+            sampling=SamplingParams(max_tokens=1),
+            reserve_blocks=0,
+            hash_root=b"",
+        )
+        sequence = EngineSequence.from_submit(submit, block_tokens)
+        sequence.block_table.extend(range(index * width, (index + 1) * width))
+        chunks.append(Chunk(sequence, computed, len(ids) - computed, is_decode=False, wants_token=True))
+    plan, _ = build_plan(ScheduledStep(1, tuple(chunks), 0, 0, 0), block_tokens)
+    return plan
 
 
 def _compare_decode(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from serving.block_hash import hash_blocks
 from serving.engine.block_events import BlockEventLog
 from serving.engine.block_pool import BlockPool
-from serving.messages import BlockEvents, BlockRemoved, BlocksCleared, BlockStored, decode, encode
+from serving.messages import BlockEvents, BlockRemoved, BlockStored, decode, encode
 from tests.serving.engine.harness import ROOT, Harness, request
 from tests.serving.engine.test_block_pool import cached, name
 
@@ -30,10 +30,8 @@ class Follower:
             if isinstance(event, BlockStored):
                 assert event.block_hash not in self.hashes, "stored twice"
                 self.hashes.add(event.block_hash)
-            elif isinstance(event, BlockRemoved):
-                self.hashes.remove(event.block_hash)
             else:
-                self.hashes.clear()
+                self.hashes.remove(event.block_hash)
         return True
 
 
@@ -55,8 +53,6 @@ def test_events_after_any_snapshot_give_the_set_of_cached_blocks(shapes, num_blo
         harness.submit(request(str(index), prompt, max_tokens=max_tokens, reserve_blocks=0))
         for _ in range(data.draw(st.integers(0, 12))):
             harness.step()
-            if data.draw(st.integers(0, 15)) == 0:
-                pool.clear()
             if data.draw(st.booleans()):
                 followers.append(Follower(pool.snapshot()))  # in the middle of a batch
             batch = pool.events.drain()
@@ -89,27 +85,14 @@ def test_a_follower_sees_that_it_missed_events():
     assert len(batch.events) == 3 and not follower.take(batch) and follower.hashes == set()
     follower = Follower(pool.snapshot())
     assert follower.hashes == {name(index) for index in (1, 2, 3, 4)}
-    pool.clear()
-    assert pool.events.drain() == BlockEvents(first_number=5, events=(BlocksCleared(),))
+    assert follower.take(BlockEvents(first_number=5, events=(BlockRemoved(name(1)),)))
+    assert follower.hashes == {name(index) for index in (2, 3, 4)}
     assert pool.events.drain() is None
-
-
-def test_a_cleared_pool_forgets_what_is_held_too():
-    """Readers keep their blocks; nobody else finds them, and released they are plainly free."""
-    pool = BlockPool(4, 4)
-    blocks = cached(pool, 1, 2)
-    pool.acquire(blocks[:1])
-    pool.clear()
-    pool.check_integrity()
-    assert pool.match([name(1)]) == [] and (pool.num_free, pool.num_evictable) == (3, 0)
-    pool.release(blocks[:1])
-    pool.check_integrity()
-    assert pool.num_free == 4
 
 
 @pytest.mark.parametrize(
     "event",
-    [BlockStored(name(1), name(0)), BlockRemoved(name(1)), BlocksCleared()],
+    [BlockStored(name(1), name(0)), BlockRemoved(name(1))],
     ids=lambda e: type(e).__name__,
 )
 def test_events_cross_the_wire_unchanged(event):

@@ -169,7 +169,7 @@ def test_no_rows_and_all_greedy(sample):
 @needs_library
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0, 30.0])
 def test_on_a_whole_vocabulary_both_draw_the_same(temperature):
-    """Of 49,152 tokens, with all kinds of cuts, the two differ only where rounding moves a border."""
+    """Of 49,152 tokens, with all kinds of cuts; one row in 48 may stand on a border that rounding moves."""
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(48, 49_152, generator=generator) * 3
     logits[::4, :700] += 9  # a wide nucleus
@@ -183,4 +183,4 @@ def test_on_a_whole_vocabulary_both_draw_the_same(temperature):
         position=range(48),
     )
     ours = sample_native(built(), logits, asked, 2)
-    assert (ours == sample_torch(logits, asked).numpy()).mean() >= 0.95
+    assert (ours != sample_torch(logits, asked).numpy()).sum() <= 1

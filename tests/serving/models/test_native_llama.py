@@ -144,6 +144,15 @@ def test_a_row_does_not_depend_on_its_batch_or_its_chunks(precision, block_token
     assert torch.cat(pieces).equal(alone)
 
 
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path):
+    """As torch does it; unchecked, the row after the last would be read."""
+    save_tiny_llama(tmp_path, **BASE, tie_word_embeddings=True)
+    pair = load(tmp_path, "bfloat16")
+    for token in (-1, VOCAB_SIZE):
+        with pytest.raises(IndexError, match=str(VOCAB_SIZE)):
+            pair.native.logits(step_plan([Span([1, token], 0, [0])], 16))
+
+
 @pytest.mark.parametrize("part", [slice(0, 1), slice(1, 2), slice(0, 2)], ids=["keys", "values", "both"])
 def test_a_broken_sequence_breaks_no_other(part, tmp_path):
     """NaN keys or values of one sequence reach its own logits, and those only."""
@@ -167,6 +176,7 @@ def test_a_broken_sequence_breaks_no_other(part, tmp_path):
         ({"head_dim": 40}, "head dim 40"),
         ({"hidden_size": 100}, "multiples of 32"),
         ({"intermediate_size": 72}, "multiples of 32"),
+        ({"num_attention_heads": 96, "num_key_value_heads": 1}, "96 query heads share"),
     ],
 )
 def test_shapes_it_cannot_run_are_named(changes, why, tmp_path):
