@@ -115,7 +115,8 @@ struct QueryTile {
   int rows;
   const bf16* queries[kQueryRows];
   int limit[kQueryRows];  // the last key that a row sees
-  float largest[kQueryRows], total[kQueryRows];
+  float largest[kQueryRows];
+  alignas(64) float total[kQueryRows][kLanes];  // to be summed over lanes
   alignas(64) float out[kQueryRows][DB * 16];
 };
 
@@ -145,26 +146,26 @@ void attend_rows(QueryTile<DB>& q, int r, const KeyTile<DB>& tile, int first, fl
 #pragma GCC unroll 4
   for (int i = 0; i < R; ++i) {
     __m512 most = nothing;
+    __mmask16 seen[G];
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      const __mmask16 seen = _mm512_cmple_epi32_mask(
-          lanes, _mm512_set1_epi32(q.limit[r + i] - first - g * 16));
-      scores[i][g] = _mm512_mask_mul_ps(nothing, seen, scores[i][g], _mm512_set1_ps(scale));
+      seen[g] = _mm512_cmple_epi32_mask(lanes, _mm512_set1_epi32(q.limit[r + i] - first - g * 16));
+      scores[i][g] = _mm512_mask_mul_ps(nothing, seen[g], scores[i][g], _mm512_set1_ps(scale));
       most = _mm512_max_ps(scores[i][g], most);
     }
     const float before = q.largest[r + i];
     const float largest = std::max(before, _mm512_reduce_max_ps(most));
-    const float shrink = std::exp(before - largest);  // 0 at first: before is -inf
+    // 0 at first, when `before` is -inf; 1 in most tiles of a long context.
+    const float shrink = before == largest ? 1.0f : std::exp(before - largest);
     q.largest[r + i] = largest;
-    __m512 sum = _mm512_setzero_ps();
+    __m512 sum = _mm512_mul_ps(_mm512_load_ps(q.total[r + i]), _mm512_set1_ps(shrink));
     __m512 kept[4] = {};
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      const __mmask16 seen = _mm512_cmp_ps_mask(scores[i][g], nothing, _CMP_NEQ_UQ);
-      kept[g] = _mm512_maskz_mov_ps(seen, exponential(_mm512_sub_ps(scores[i][g], _mm512_set1_ps(largest))));
+      kept[g] = _mm512_maskz_mov_ps(seen[g], exponential(_mm512_sub_ps(scores[i][g], _mm512_set1_ps(largest))));
       sum = _mm512_add_ps(sum, kept[g]);
     }
-    q.total[r + i] = q.total[r + i] * shrink + _mm512_reduce_add_ps(sum);
+    _mm512_store_ps(q.total[r + i], sum);
     _mm512_store_si512(weights[i], (__m512i)_mm512_cvtne2ps_pbh(kept[1], kept[0]));
     _mm512_store_si512(weights[i] + 32, (__m512i)_mm512_cvtne2ps_pbh(kept[3], kept[2]));
     rescale[i] = _mm512_set1_ps(shrink);
@@ -225,7 +226,7 @@ void attend(const Model& model, const Step& step, const bf16* cache, Workspace& 
     q.queries[r] = work.queries.data + (size_t(t) * H + head * share + r % share) * D;
     q.limit[r] = before + t;
     q.largest[r] = -std::numeric_limits<float>::infinity();
-    q.total[r] = 0;
+    std::memset(q.total[r], 0, sizeof q.total[r]);
     std::memset(q.out[r], 0, sizeof q.out[r]);
   }
   const size_t next_head = size_t(model.block_tokens) * D, block_stride = K * next_head;
@@ -249,7 +250,7 @@ void attend(const Model& model, const Step& step, const bf16* cache, Workspace& 
     }
   }
   for (int r = 0; r < q.rows; ++r) {
-    const __m512 inverse = _mm512_set1_ps(1.0f / q.total[r]);
+    const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(q.total[r])));
     const int column = (head * share + r % share) * D;
     for (int i = 0; i < D; i += kGroup)
       work.attended.store(begin + r / share, column + i, _mm512_mul_ps(_mm512_load_ps(q.out[r] + i), inverse),

@@ -17,7 +17,7 @@ namespace {
 constexpr int kTileBlock = 10;  // tiles that stay in the L2 cache while weights pass by
 
 // Weights are read once a step, from memory: ask for what comes some rows of a panel later.
-inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at) + 4096, _MM_HINT_T0); }
+inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at) + 4096, _MM_HINT_T1); }
 
 inline __m512 load_half(const uint16_t* at) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
