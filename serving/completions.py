@@ -17,7 +17,6 @@ from serving.generation import Generation
 from serving.links import ReplicaLinks
 from serving.messages import FinishReason, RouteRequest, SamplingParams, Submit
 from serving.router_link import RouterLink
-from serving.routing import growth_prior
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,6 @@ class Completions:
             deadline_s=now + self._timeout_s,
             prompt_tokens=len(token_ids),
             max_tokens=sampling.max_tokens,
-            expected_new_tokens=growth_prior(sampling.max_tokens),
             block_hashes=hash_blocks(root, token_ids, identity.block_tokens),
         )
         submit = Submit(

@@ -37,8 +37,12 @@ class Dispatch:
     request_id: str
     ingress_id: str
     replica_id: str
+    tenant_key: str
+    model: str
     blocks: int
-    prompt_tokens: int
+    prompt_tokens: int  # those not expected to be cached
+    expected_tokens: int  # of its answer
+    charged: float  # service that its tenant was charged with, in tokens
     arrival: int  # its place among requests of equal priority
     state: State
     expires_s: float  # unix time; not used while RUNNING
@@ -62,7 +66,16 @@ class DispatchBook:
         self._tallies: dict[str, Tally] = {}
         self._expiring: set[str] = set()  # every request that is not RUNNING
 
-    def sent(self, request: RouteRequest, route: Route, arrival: int, now: float) -> None:
+    def sent(
+        self,
+        request: RouteRequest,
+        route: Route,
+        uncached_tokens: int,
+        expected_tokens: int,
+        charged: float,
+        arrival: int,
+        now: float,
+    ) -> None:
         """Note a Route that is on its way to Ingress."""
         assert request.request_id not in self._dispatches, "take() the earlier dispatch first"
         self._put(
@@ -70,8 +83,12 @@ class DispatchBook:
                 request_id=request.request_id,
                 ingress_id=request.ingress_id,
                 replica_id=route.replica_id,
+                tenant_key=request.tenant_key,
+                model=request.model,
                 blocks=route.reserve_blocks,
-                prompt_tokens=request.prompt_tokens,
+                prompt_tokens=uncached_tokens,
+                expected_tokens=expected_tokens,
+                charged=charged,
                 arrival=arrival,
                 state=State.SENT,
                 expires_s=now + self._ttl_s,
@@ -96,9 +113,9 @@ class DispatchBook:
         if dispatch is not None:
             self._put(replace(dispatch, state=State.RELEASED, expires_s=now + self._ttl_s))
 
-    def finished(self, request_id: str, replica_id: str) -> None:
-        if self._of(request_id, replica_id) is not None:
-            self._drop(request_id)
+    def finished(self, request_id: str, replica_id: str) -> Dispatch | None:
+        """Forget and return it, if this was its last Route."""
+        return self._drop(request_id) if self._of(request_id, replica_id) is not None else None
 
     def included(self, replica_id: str, last_submission: int) -> None:
         """A report of this replica includes submissions up to this number."""
@@ -115,20 +132,25 @@ class DispatchBook:
             if dispatch.replica_id == replica_id and dispatch.state is not State.RELEASED:
                 self._put(replace(dispatch, state=State.RELEASED, expires_s=now + self._ttl_s))
 
-    def ingress_gone(self, ingress_id: str) -> None:
-        for dispatch in list(self._dispatches.values()):
-            if dispatch.ingress_id == ingress_id:
-                self._drop(dispatch.request_id)
+    def ingress_gone(self, ingress_id: str) -> set[str]:
+        """Forget what it sent; returns the replicas against which less is counted now."""
+        gone = [dispatch for dispatch in self._dispatches.values() if dispatch.ingress_id == ingress_id]
+        for dispatch in gone:
+            self._drop(dispatch.request_id)
+        return {dispatch.replica_id for dispatch in gone}
 
-    def expire(self, now: float) -> None:
-        """End what nobody spoke of for `ttl_s`: an accepted request is taken to be in the reports."""
-        for dispatch in [self._dispatches[request_id] for request_id in self._expiring]:
-            if dispatch.expires_s > now:
-                continue
+    def expire(self, now: float) -> set[str]:
+        """End what nobody spoke of for `ttl_s`: an accepted request is taken to be in the reports.
+
+        Returns the replicas against which less is counted now.
+        """
+        over = [d for d in map(self._dispatches.__getitem__, self._expiring) if d.expires_s <= now]
+        for dispatch in over:
             if dispatch.state is State.ACCEPTED:
                 self._put(replace(dispatch, state=State.RUNNING))
             else:
                 self._drop(dispatch.request_id)
+        return {dispatch.replica_id for dispatch in over}
 
     def tally(self, replica_id: str) -> Tally:
         return self._tallies.get(replica_id, Tally())

@@ -1,24 +1,30 @@
 """The replicas the Router knows: Serve's running set, joined with what replicas report. Pure.
 
-A replica is a candidate when it is in both. Reports are ordered by (epoch, sequence).
+A replica is a candidate when it is in both. Reports are ordered by (epoch, sequence). What of a
+replica's figures does not depend on a request is worked out once a report or dispatch, into its row
+of `routing.Replicas`; so a pick among many replicas is a few vector operations.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
+import numpy as np
 
 from cluster.load import ReplicaLoad
 from serving.dispatch_book import DispatchBook, Tally
 from serving.messages import RouteRequest
-from serving.routing import FleetLoad, ReplicaView, serves
+from serving.rates import Rate
+from serving.routing import Bools, Candidates, Replicas, Traffic
 
 UNLISTED_REGION_RTT_MS = 100.0
 """A region whose round trip nobody gave is taken to be far, so it is used last."""
+
+MAX_LANES = 1024  # kinds of requests for which the candidates are remembered
 
 Freshness = Literal["fresh", "doubted", "silent", "draining"]
 
@@ -34,75 +40,183 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class _Known:
+    row: int
     load: ReplicaLoad
     received_s: float
-    last_routed: int = 0
 
 
 class Fleet:
     def __init__(
-        self, rtt_ms: Mapping[str, float], block_tokens: int, stale_after_s: float, drop_after_s: float
+        self,
+        rtt_ms: Mapping[str, float],
+        egress_ms: Mapping[str, float],
+        stale_after_s: float,
+        drop_after_s: float,
     ) -> None:
-        """`rtt_ms` is the round trip from here to each region."""
-        self._rtt_ms = rtt_ms
-        self._block_tokens = block_tokens
+        """`rtt_ms` is the round trip from here to each region, `egress_ms` what leaving it costs."""
+        self._rtt_ms = dict(rtt_ms)
+        self._egress_ms = egress_ms
         self._stale_after_s = stale_after_s
         self._drop_after_s = drop_after_s
         self._known: dict[str, _Known] = {}
         self._members: frozenset[str] = frozenset()
-        self._num_routed = 0
+        self._changed: set[str] = set()  # whose row is to be worked out again
+        self._free_rows: list[int] = []
+        self._replicas = _empty(0)
+        self._received_s = np.zeros(0)
+        self._is_member = np.zeros(0, dtype=np.bool_)
+        self._is_draining = np.zeros(0, dtype=np.bool_)
+        self._models: list[str] = []
+        self._serving: dict[tuple[str, tuple[str, ...]], Bools] = {}  # of the present rows
+        self._submissions = Rate()  # of all Routers, by the replicas' own numbers
+        self._routed = Rate()  # of this one
+        self._work_ms = Rate()  # of the requests that this one routed
+        self._prompt_blocks = Rate()
+        self._matched_blocks = Rate()
 
     @property
     def members(self) -> frozenset[str]:
         return self._members
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._models)
 
     def load(self, replica_id: str) -> ReplicaLoad | None:
         """Its last report, if there was one."""
         known = self._known.get(replica_id)
         return None if known is None else known.load
 
+    def row(self, replica_id: str) -> int | None:
+        known = self._known.get(replica_id)
+        return None if known is None else known.row
+
     def report(self, load: ReplicaLoad, now: float) -> bool:
         """Take a report; False when it is not newer than the last one."""
         known = self._known.get(load.replica_id)
-        if known is not None and report_order(load) <= report_order(known.load):
+        if known is None:
+            known = self._known[load.replica_id] = _Known(self._take_row(load), load, now)
+        elif report_order(load) <= report_order(known.load):
             return False
-        self._known[load.replica_id] = _Known(load, now, known.last_routed if known is not None else 0)
+        elif load.epoch == known.load.epoch:
+            self._submissions.add(load.last_submission - known.load.last_submission, now)
+        known.load, known.received_s = load, now
+        self._received_s[known.row] = now
+        self._is_draining[known.row] = load.draining
+        self._changed.add(load.replica_id)
         return True
 
     def set_members(self, ids: AbstractSet[str]) -> frozenset[str]:
         """Take the running set; returns, and forgets, the replicas that left it."""
+        if ids == self._members:
+            return frozenset()
         left = self._members - ids
         for replica_id in left:
             self.forget(replica_id)
         self._members = frozenset(ids)
+        for replica_id, known in self._known.items():
+            self._is_member[known.row] = replica_id in self._members
+        self._serving.clear()
         return left
 
     def forget(self, replica_id: str) -> None:
         """No candidate until it reports again."""
-        self._known.pop(replica_id, None)
+        known = self._known.pop(replica_id, None)
+        if known is not None:
+            self._replicas.ids[known.row] = None
+            self._is_member[known.row] = False
+            self._models[known.row] = ""
+            self._free_rows.append(known.row)
+            self._changed.discard(replica_id)
+            self._serving.clear()
 
-    def forget_silent_strangers(self, now: float) -> None:
-        """Reports may come before Serve names the replica; those it never names are let go."""
-        for replica_id, known in list(self._known.items()):
-            if replica_id not in self._members and now - known.received_s > self._drop_after_s:
-                del self._known[replica_id]
+    def forget_silent_strangers(self, now: float) -> list[int]:
+        """Reports may come before Serve names the replica; those it never names are let go. Their rows."""
+        silent = [
+            (name, known.row)
+            for name, known in self._known.items()
+            if name not in self._members and now - known.received_s > self._drop_after_s
+        ]
+        for name, _ in silent:
+            self.forget(name)
+        return [row for _, row in silent]
 
-    def routed(self, replica_id: str) -> None:
-        self._num_routed += 1
-        self._known[replica_id].last_routed = self._num_routed
+    def dispatch_changed(self, replica_id: str) -> None:
+        """The book counts more or less against it than before."""
+        if replica_id in self._known:
+            self._changed.add(replica_id)
 
-    def serving(self, request: RouteRequest) -> set[str]:
-        """Candidates that may serve this request, whatever room they have."""
-        return {name for name, known in self._candidates() if serves(known.load, request)}
+    def routed(self, prompt_blocks: int, matched_blocks: int, work_ms: float, now: float) -> None:
+        """Learn of a request that was routed."""
+        self._routed.add(1, now)
+        self._work_ms.add(work_ms, now)
+        self._prompt_blocks.add(prompt_blocks, now)
+        self._matched_blocks.add(matched_blocks, now)
 
-    def view(self, request: RouteRequest, book: DispatchBook, held: Collection[str], now: float) -> FleetLoad:
-        """What `pick` is shown: the candidates that may serve this request."""
-        views = tuple(
-            self._view(known, book.tally(name), name in held, now)
-            for name, known in self._candidates()
-            if serves(known.load, request)
+    def measured_rtt(self, region: str, rtt_ms: float) -> None:
+        """Learn from a round trip that somebody measured, the replica's own delay included.
+
+        So down is quick and up is slow: what is sought is the way, not the queues at its end.
+        """
+        known_ms = self._rtt_to(region)
+        self._rtt_ms[region] = known_ms + (0.3 if rtt_ms < known_ms else 0.02) * (rtt_ms - known_ms)
+        self._changed.update(name for name, known in self._known.items() if known.load.region == region)
+
+    def traffic(self, now: float) -> Traffic:
+        """How busy the replicas are with prefill, and what of prompts they find cached."""
+        routed = self._routed.per_s(now)
+        mean_work_ms = self._work_ms.per_s(now) / routed if routed > 0 else 0.0
+        submitted = max(routed, self._submissions.per_s(now))
+        prompt_blocks = self._prompt_blocks.per_s(now)
+        return Traffic(
+            busy=submitted * mean_work_ms / 1000 / max(1, len(self._members)),
+            reuse=self._matched_blocks.per_s(now) / prompt_blocks if prompt_blocks > 0 else 0.0,
+            mean_work_ms=mean_work_ms,
+            others_per_s=max(0.0, submitted - routed) / max(1, len(self._members)),
         )
-        return FleetLoad(views, self._block_tokens, self._stale_after_s, self._drop_after_s)
+
+    def serving(self, request: RouteRequest) -> Bools:
+        """Candidates that may serve this request, whatever room they have: [R]."""
+        lane = (request.model, request.allowed_regions)
+        serves = self._serving.get(lane)
+        if serves is None:
+            if len(self._serving) >= MAX_LANES:
+                self._serving.clear()
+            allowed = [
+                model == request.model and (not request.allowed_regions or region in request.allowed_regions)
+                for model, region in zip(self._models, self._replicas.regions, strict=True)
+            ]
+            serves = self._serving[lane] = self._is_member & np.array(allowed, dtype=np.bool_)
+        return serves
+
+    def replicas(self, book: DispatchBook) -> Replicas:
+        """Everybody's figures, as of their last reports and what was dispatched since."""
+        for replica_id in self._changed:
+            self._work_out(self._known[replica_id], book.tally(replica_id))
+        self._changed.clear()
+        return self._replicas
+
+    def candidates(
+        self, request: RouteRequest, serves: Bools, held: Bools | None, traffic: Traffic, now: float
+    ) -> Candidates:
+        """Who may take the request now. Call `replicas` before it."""
+        age_s = np.maximum(0.0, now - self._received_s)
+        is_open = serves & ~self._is_draining & (age_s <= self._drop_after_s)
+        if held is not None:
+            is_open &= ~held
+        for refuser in request.refused_replicas:
+            if (row := self.row(refuser)) is not None:
+                is_open[row] = False
+        # Since it told us a replica has worked off a backlog, and other Routers have brought it more.
+        brought_ms = traffic.others_per_s * age_s * traffic.mean_work_ms
+        wait_ms = np.maximum(0.0, self._replicas.wait_ms - 1000 * age_s + brought_ms)
+        return Candidates(
+            serves=serves,
+            is_open=is_open,
+            is_doubted=age_s > self._stale_after_s,
+            wait_ms=wait_ms,
+            noise_ms=np.sqrt(traffic.others_per_s * age_s) * traffic.mean_work_ms,
+        )
 
     def loads(self, now: float) -> list[ReplicaLoad]:
         """The last reports of the candidates that are not silent, by replica id."""
@@ -127,18 +241,6 @@ class Fleet:
     def _candidates(self) -> list[tuple[str, _Known]]:
         return [(name, known) for name, known in self._known.items() if name in self._members]
 
-    def _view(self, known: _Known, tally: Tally, held: bool, now: float) -> ReplicaView:
-        return ReplicaView(
-            load=known.load,
-            rtt_ms=self._rtt_to(known.load.region),
-            age_s=now - known.received_s,
-            dispatched_blocks=tally.blocks,
-            dispatched_tokens=tally.prompt_tokens,
-            dispatched_requests=tally.num_counted,
-            last_routed=known.last_routed,
-            held=held,
-        )
-
     def _rtt_to(self, region: str) -> float:
         return self._rtt_ms.get(region, UNLISTED_REGION_RTT_MS)
 
@@ -150,6 +252,68 @@ class Fleet:
             return "draining"
         return "doubted" if age_s > self._stale_after_s else "fresh"
 
+    def _take_row(self, load: ReplicaLoad) -> int:
+        if not self._free_rows:
+            self._grow()
+        row = self._free_rows.pop()
+        self._replicas.ids[row] = load.replica_id
+        self._replicas.regions[row] = load.region
+        self._models[row] = load.model
+        self._is_member[row] = load.replica_id in self._members
+        self._serving.clear()
+        return row
+
+    def _grow(self) -> None:
+        size, more = self.num_rows, max(8, self.num_rows)
+        old, new = self._replicas, _empty(size + more)
+        new.ids[:size], new.regions[:size] = old.ids, old.regions
+        for name in _ARRAYS:
+            getattr(new, name)[:size] = getattr(old, name)
+        self._replicas = new
+        self._received_s = np.concatenate((self._received_s, np.zeros(more)))
+        self._is_member = np.concatenate((self._is_member, np.zeros(more, dtype=np.bool_)))
+        self._is_draining = np.concatenate((self._is_draining, np.zeros(more, dtype=np.bool_)))
+        self._models += [""] * more
+        self._free_rows += range(size + more - 1, size - 1, -1)
+
+    def _work_out(self, known: _Known, tally: Tally) -> None:
+        """A replica's row, from its report and what was dispatched since."""
+        load, row, replicas = known.load, known.row, self._replicas
+        step = load.step
+        running = load.num_running + tally.num_counted
+        backlog = load.prefill_backlog_tokens + tally.prompt_tokens
+        chunk = max(1, load.max_step_tokens - running)
+
+        def step_ms(prefill_tokens: int) -> float:
+            kv_tokens = load.decode_kv_tokens
+            return step.predict_ms(running + prefill_tokens, kv_tokens, running, kv_tokens)
+
+        full, rest = divmod(backlog, chunk)
+        under_way_ms = step_ms(0) if running else 0.0
+        replicas.wait_ms[row] = under_way_ms + full * step_ms(chunk) + (step_ms(rest) if rest else 0.0)
+        replicas.blocks_total[row] = load.blocks_total
+        replicas.room_blocks[row] = load.room_blocks - tally.blocks
+        replicas.free_blocks[row] = max(0, load.blocks_free - tally.blocks)
+        replicas.token_ms[row] = step_ms(chunk) / chunk
+        replicas.step_ms[row] = step_ms(0)
+        replicas.kv_token_ms[row] = step.per_kv_token_ms
+        replicas.pair_ms[row] = step.per_pair_ms
+        replicas.chunk_tokens[row] = chunk
+        replicas.running[row] = running
+        replicas.rtt_ms[row] = self._rtt_to(load.region)
+        replicas.egress_ms[row] = self._egress_ms.get(load.region, 0.0)
+
 
 def report_order(load: ReplicaLoad) -> tuple[int, int]:
     return (load.epoch, load.sequence)
+
+
+_INTEGERS = ("blocks_total", "room_blocks", "free_blocks", "chunk_tokens", "running")
+_FLOATS = ("wait_ms", "token_ms", "step_ms", "kv_token_ms", "pair_ms", "rtt_ms", "egress_ms")
+_ARRAYS = (*_INTEGERS, *_FLOATS)
+
+
+def _empty(size: int) -> Replicas:
+    arrays: dict[str, Any] = {name: np.ones(size, dtype=np.int64) for name in _INTEGERS}  # some divide
+    arrays |= {name: np.zeros(size) for name in _FLOATS}
+    return Replicas(ids=[None] * size, regions=[""] * size, **arrays)

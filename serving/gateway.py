@@ -222,14 +222,16 @@ class Gateway:
             if wanted.stream:
                 # The first piece is awaited here, so that an error before it still has its own status.
                 first = await anext(pieces, "")
-                return EventStream(events(reply, stream, first, pieces, wanted.include_usage), pieces)
+                answer = EventStream(events(reply, stream, first, pieces, wanted.include_usage), pieces)
+                answer.headers.update(_where(reply))
+                return answer
             async with aclosing(pieces):
                 text = "".join([piece async for piece in pieces])
         except ApiError as error:  # counted with its reply
             return error_response(error)
         created = int(reply.started_s)
         payload = body(reply.request_id, self._model, created, text, reply.finish_reason, usage_of(reply))
-        return Response(payload, media_type=JSON)
+        return Response(payload, media_type=JSON, headers=_where(reply))
 
     async def _logged(self, reply: Reply, trace: RequestTrace) -> AsyncGenerator[str]:
         """The reply's pieces; when it ends, however it does, it is counted and traced once."""
@@ -260,3 +262,17 @@ class Gateway:
             raise ModelNotFound(
                 f"the model {name[:100]!r} does not exist; GET /v1/models lists what does", param="model"
             )
+
+
+def _where(reply: Reply) -> dict[str, str]:
+    """Headers that say where a reply ran, and why there."""
+    route = reply.generation.route
+    if route is None:
+        return {}
+    times = reply.generation.times
+    return {
+        "x-searoom-region": route.region,
+        "x-searoom-replica": route.replica_id,
+        "x-searoom-why": route.why,
+        "x-searoom-queue-ms": f"{max(0.0, 1000 * (times.picked_s - reply.started_s)):.0f}",
+    }

@@ -11,6 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import msgspec
 
@@ -121,7 +122,8 @@ class Generation:
         if isinstance(reply, Accepted):
             self.route, self._link, self._is_routing = route, link, False
             self.times.accepted_s = time.time()
-            self._tell("accepted", submission=reply.submission)
+            rtt_ms = 1000 * (self.times.accepted_s - self.times.picked_s)
+            self._tell("accepted", submission=reply.submission, rtt_ms=rtt_ms)
             return
         link.release(self._submit_id, abort=False)
         self._refused(route, reply)
@@ -200,7 +202,7 @@ class Generation:
         if self.route is None or self._link is None:
             return
         link, self._link = self._link, None
-        self._tell("finished", output_tokens=self.output_tokens)
+        self._tell("finished", output_tokens=self.output_tokens, is_whole=self.finish_reason == "stop")
         link.release(self._submit_id, abort=self.finish_reason is None)
 
     @property
@@ -209,14 +211,9 @@ class Generation:
         request_id, again = self.request.request_id, self._num_submits
         return request_id if again <= 1 else f"{request_id}#{again}"
 
-    def _tell(self, outcome: str, *, submission: int = 0, output_tokens: int = 0) -> None:
+    def _tell(self, outcome: Literal["accepted", "finished"], **more: Any) -> None:
         assert self.route is not None
+        request_id, replica_id = self.request.request_id, self.route.replica_id
         self.router.tell(
-            DispatchUpdate(
-                request_id=self.request.request_id,
-                replica_id=self.route.replica_id,
-                outcome=outcome,  # type: ignore[arg-type]
-                submission=submission,
-                output_tokens=output_tokens,
-            )
+            DispatchUpdate(request_id=request_id, replica_id=replica_id, outcome=outcome, **more)
         )

@@ -4,7 +4,7 @@
     Ingress ──DispatchUpdate──► Router          what became of a Route
     Ingress ──Submit──► ModelReplica ──Accepted | Refused──► Ingress
     rank 0 ──StepFrame──► ModelReplica ──StepFrame (its part)──► Ingress
-    ModelReplica ──ReplicaLoad──► Router        (cluster/load.py)
+    ModelReplica ──ReplicaReport──► Router      its load (cluster/load.py), its cache's news
 
 Stages know only these. Lists of them travel as msgpack bytes, so that what crosses a process is
 explicit, typed and never a pickle of our classes.
@@ -48,7 +48,6 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: float  # unix time after which nobody waits for a Route any more
     prompt_tokens: int
     max_tokens: int
-    expected_new_tokens: int  # growth that is reserved; see routing.growth_prior
     block_hashes: tuple[bytes, ...] = ()
     allowed_regions: tuple[str, ...] = ()  # empty: any
     refused_replicas: tuple[str, ...] = ()  # replicas that answered this request with Refused, or died
@@ -62,8 +61,9 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     region: str
     reserve_blocks: int
     matched_blocks: int  # expected prefix match
-    predicted_ms: float
+    predicted_ms: float  # until its first token
     why: str
+    work_ms: float = 0.0  # of them, the prefill of what is not cached
 
 
 class Queued(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -99,6 +99,8 @@ class DispatchUpdate(msgspec.Struct, frozen=True, kw_only=True):
     outcome: Literal["accepted", "refused", "finished", "lost"]
     submission: int = 0
     output_tokens: int = 0
+    is_whole: bool = True  # it ended by itself: neither its limit nor its client cut it off
+    rtt_ms: float = 0.0  # measured on the way to `accepted`; 0 where it was not
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +109,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str
     token_ids: tuple[int, ...]
     sampling: SamplingParams
-    reserve_blocks: int  # blocks for the uncached prompt and its expected growth, as if nothing matched
+    reserve_blocks: int  # for the prompt and its expected growth, as if nothing matched; 0: only queue it
     hash_root: bytes  # root of the block-hash chain: model, weights, KV dtype and tenant salt
     priority: int = 0
     traceparent: str | None = None
@@ -186,7 +188,7 @@ class BlockRemoved(msgspec.Struct, frozen=True, array_like=True, tag=True):
 BlockEvent = BlockStored | BlockRemoved
 
 
-class BlockEvents(msgspec.Struct, frozen=True, kw_only=True):
+class BlockEvents(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A run of changes to a replica's set of cached blocks; the first of them has this number.
 
     Numbers grow by one an event within an epoch, so a consumer sees what it missed.
@@ -196,11 +198,21 @@ class BlockEvents(msgspec.Struct, frozen=True, kw_only=True):
     events: tuple[BlockEvent, ...]
 
 
-class BlockSnapshot(msgspec.Struct, frozen=True, kw_only=True):
+class BlockSnapshot(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Every cached block's hash, after the event of this number."""
 
     last_number: int
     block_hashes: tuple[bytes, ...]
+
+
+class ReplicaReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a replica tells the Router: its load, and what became of its cache since the last report.
+
+    The Router answers whether it missed some before: then a snapshot is due.
+    """
+
+    load: ReplicaLoad
+    blocks: tuple[BlockEvents | BlockSnapshot, ...] = ()
 
 
 class StepFrame(msgspec.Struct, frozen=True, kw_only=True):

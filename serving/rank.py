@@ -164,6 +164,10 @@ class Rank:
         assert self._engine is not None, "only rank 0 knows the load"
         return encode(self._engine.load())
 
+    async def block_snapshot(self) -> bytes:
+        assert self._engine is not None, "only rank 0 knows the blocks"
+        return encode(self._engine.block_snapshot())
+
     async def follow(self) -> None:
         """Run rank 0's plans until it ends the group; raises when it is gone."""
         await asyncio.to_thread(self._executor.follow)

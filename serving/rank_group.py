@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.placement import RANK_CPUS, rank_order
 from serving.config import EngineConfig, ModelConfig
 from serving.errors import ConfigError
-from serving.messages import StepFrame, Submit, SubmitReply, decode, encode
+from serving.messages import BlockSnapshot, StepFrame, Submit, SubmitReply, decode, encode
 from serving.rank import Rank, RankIdentity, RankReady
 
 logger = logging.getLogger(__name__)
@@ -105,6 +105,9 @@ class RankGroup:
 
     async def load_report(self) -> bytes:
         return await self._ranks[0].load_report.remote()
+
+    async def block_snapshot(self) -> BlockSnapshot:
+        return decode(await self._ranks[0].block_snapshot.remote(), BlockSnapshot)
 
     def close(self) -> None:
         """End every rank at once; a group never outlives one of its ranks."""

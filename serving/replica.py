@@ -1,7 +1,7 @@
 """ModelReplica: one tensor-parallel group as one Serve replica. No tensor work happens here.
 
     Ingress ─submit, abort─► ModelReplica ─► rank 0 ─frames─► split by Ingress ─frames─► Ingress
-                                   └─ReplicaLoad─► Router
+                                   └─ReplicaReport─► Router
 
 A request belongs to the Ingress that submitted it: when that one's stream ends, its requests are
 aborted. When a rank dies, the replica ends its streams with an error event and exits, so that
@@ -65,7 +65,8 @@ class ModelReplica:
         self._group = await RankGroup.start(setup, self._id, self._fail)
         router = ServiceHandle("Router", application_name())
         load = decode(await self._group.load_report(), ReplicaLoad)
-        self._reporter = LoadReporter(load, router, DelayLine(setup.pretend_rtt_ms))
+        line = DelayLine(setup.pretend_rtt_ms)
+        self._reporter = LoadReporter(load, router, line, self._group.block_snapshot)
         self._background.start(self._reporter.run(), "report")
         self._background.start(self._pump(), "pump")
         self._background.start(self._watch_for_hang(), "watch")
@@ -158,6 +159,8 @@ class ModelReplica:
                 parts.setdefault(owner, []).append(delta)
         for owner, deltas in parts.items():
             self._outbox.put(owner, StepFrame(step=frame.step, deltas=tuple(deltas)))
+        if frame.block_events is not None:
+            self._reporter.blocks_changed(frame.block_events)
         if frame.load is not None:
             self._load = frame.load
             self._reporter.changed(frame.load)

@@ -13,13 +13,12 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from cluster.load import ReplicaLoad
 from serving import metrics
 from serving.background import Background
 from serving.config import RoutingConfig
 from serving.dispatcher import Answers, Dispatcher, DispatcherLimits
 from serving.logs import configure as configure_logs
-from serving.messages import DispatchUpdate, Route, RouteReply, RouteRequest, decode, encode
+from serving.messages import DispatchUpdate, ReplicaReport, Route, RouteReply, RouteRequest, decode, encode
 from serving.ray_compat import PinnedHandle, RayMeter, application_name, replica_id
 from serving.transport import Outbox
 
@@ -69,11 +68,16 @@ class Router:
                 self._dispatcher.replica_lost(update.replica_id, now)
             self._publish(self._dispatcher.update(update, now))
 
-    async def report(self, payload: bytes) -> None:
-        """Load reports of replicas."""
+    async def report(self, payload: bytes) -> bytes:
+        """Reports of replicas; whether none of their news of blocks was missed, as an encoded bool."""
         now = time.time()
-        for load in decode(payload, list[ReplicaLoad]):
+        is_whole = True
+        for report in decode(payload, list[ReplicaReport]):
+            load = report.load
             self._publish(self._dispatcher.replica_reported(load, now))
+            for news in report.blocks:
+                is_whole &= self._dispatcher.replica_events(load.replica_id, load.epoch, news, now)
+        return encode(is_whole)
 
     async def routes(self, ingress_id: str) -> AsyncIterator[bytes]:
         """Answers to this Ingress's queued requests, for as long as it listens."""

@@ -1,64 +1,109 @@
-"""The routing policy: which replica has room for a request, and is soonest with it. Pure.
+"""The routing policy: which replica has room for a request, and where it costs everybody least. Pure.
 
-    headroom_blocks = free + evictable - reserved - dispatched and unreported - demand of the request
-    demand_blocks   = ceil((prompt + min(expected new, max new)) / block_tokens), at most the pool
+Room is counted in blocks, and comes first:
 
-Admissible replicas have headroom >= 0. Among them the least predicted milliseconds to the first
-token wins, then the most headroom, then the one that was routed to longest ago (so equal replicas
-take turns). A prefix match shortens the work, never the demand: the matched blocks stop being
-evictable the moment they are used, so they leave `evictable` as they leave the demand.
+    headroom = free + evictable - reserved - dispatched and unreported - demand of the request
+    demand   = ceil((prompt + expected new tokens) / block_tokens), at most the pool
 
-    c          = max_step_tokens - running               tokens of prefill that fit in a step
-    T(m)       = step time of the running decodes beside m tokens of prefill
-    under_way  = T(0) while anything runs, else 0        the step that is on the GPU now
-    prefill(n) = floor(n / c) * T(c) + T(n mod c)        the last only where there is a rest
+`reserved` is what the replica has promised or foresees that its running sequences will need
+(`engine.growth`). A prefix match shortens the work, never the demand: matched blocks stop being
+evictable the moment they are used. Admissible replicas have headroom >= 0.
 
-    read_back  = per_kv_token_ms * p * (chunks of p + 1) / 2 + per_pair_ms * p * (prompt - p / 2)
-    predicted  = rtt_ms + under_way + prefill(backlog + p) + read_back
-    wait_ms    = under_way + prefill(backlog)            the rest, but for the round trip, is work
+Among them the least milliseconds win, and all of them are the same milliseconds, so nothing is weighted:
 
-`p` is the prompt without its matched blocks, `backlog` the prompt tokens the replica has not run
-yet, dispatched ones included; `read_back` is the context that p's own chunks read again.
+    wait   = what is under way there + its prefill backlog            until the first chunk can run
+    work   = uncached tokens * T(chunk) / chunk + the context that they read again
+    own    = round trip + wait + work                                 the request's time to first token
+    later  = work * u / (1 - u)           that much longer wait those who come after: u is the busy share
+    decode = running * (work - steps * T(no prefill))                 the slow-down of those who decode
+    evict  = evicted blocks * reuse * T(chunk) / chunk                work that is done again for others
+    score  = own + later + decode + evict + egress
+
+`T` is the replica's own step-time model, `u` and `reuse` (the share of prompt blocks found cached) are
+measured. `later` is what a millisecond of work costs a queue of that utilisation: at low load the
+nearest idle replica wins, near saturation the one that saves work does. What every candidate has
+cached cancels out. Scores that differ by less than their noise are equal: of two equal ones drawn at
+random, the one with more room wins, so that a burst, or routers that know nothing of each other, spread.
+Noise grows with a report's age, by the work that others have been seen to bring there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
 from dataclasses import dataclass
+from typing import Any
 
-from cluster.load import ReplicaLoad
+import numpy as np
+from numpy.typing import NDArray
+
 from serving.messages import Overloaded, Route, RouteRequest
 
-GROWTH_TOKENS = 256
-"""Expected output of a request whose length nobody has told: a prior, kept until one is learned."""
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.integer[Any]]
+Bools = NDArray[np.bool_]
 
 PERMANENT_RETRY_S = 0.0
 """What `retry_after_s` says where trying again cannot help."""
 
+MOST_BUSY = 0.95
+"""Beyond it the queue's growth, not its mean, decides: `later` is at most 19 times the work."""
 
-@dataclass(frozen=True, slots=True)
-class ReplicaView:
-    """One replica as it is seen at the moment of a pick."""
-
-    load: ReplicaLoad
-    rtt_ms: float
-    age_s: float = 0.0  # since its last report came in
-    dispatched_blocks: int = 0  # demand of Routes that `load` does not include yet
-    dispatched_tokens: int = 0  # prompt tokens of the same Routes
-    dispatched_requests: int = 0
-    matched_blocks: int = 0  # of this request's prompt, held in the replica's prefix cache
-    last_routed: int = 0  # running number of the last Route to it, 0 for none
-    held: bool = False  # an earlier waiting request could use it, so a later one may not
+PREDICTION_ERROR = 0.05
+"""Of the step-time model; scores closer than this part of their work are not told apart."""
 
 
 @dataclass(frozen=True, slots=True)
-class FleetLoad:
-    """Every replica in the running set that has reported, whatever its model or region."""
+class Replicas:
+    """Every known replica, one a row: arrays [R], times in ms as of each one's last report."""
 
-    replicas: tuple[ReplicaView, ...]
-    block_tokens: int = 16
-    stale_after_s: float = 3.0  # an older report is doubted: used when no fresh one has headroom
-    drop_after_s: float = 10.0  # an older one is not used
+    ids: list[str | None]  # None: an empty row
+    regions: list[str]
+    blocks_total: Ints
+    room_blocks: Ints  # but for the request's demand
+    free_blocks: Ints  # of them, such as hold nothing that could be asked for again
+    wait_ms: Floats
+    token_ms: Floats  # of a prefill token, beside the decodes that run
+    step_ms: Floats  # of a step without prefill
+    kv_token_ms: Floats  # of a context token read
+    pair_ms: Floats
+    chunk_tokens: Ints
+    running: Ints
+    rtt_ms: Floats
+    egress_ms: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Which of them may take a request, and what has become of their figures since they told them: [R]."""
+
+    serves: Bools  # has the model, in an allowed region
+    is_open: Bools  # takes new work: neither draining, nor held, nor silent, nor a refuser
+    is_doubted: Bools
+    wait_ms: Floats
+    noise_ms: Floats  # of `wait_ms`
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What was measured of a model's requests lately."""
+
+    busy: float = 0.0  # u: share of the replicas' time that prefill takes
+    reuse: float = 0.0
+    mean_work_ms: float = 0.0
+    others_per_s: float = 0.0  # requests that other Routers bring to a replica
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A request in tokens and blocks."""
+
+    tokens: int
+    new_tokens: int  # expected
+    block_tokens: int
+
+    @property
+    def demand_blocks(self) -> int:
+        return -(-(self.tokens + self.new_tokens) // self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,150 +113,107 @@ class NoHeadroom:
     why: str
 
 
-def growth_prior(max_tokens: int) -> int:
-    """New tokens to reserve for, when nothing is known of the output but its limit."""
-    return min(max_tokens, GROWTH_TOKENS)
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The formula's sums: arrays [R] of ms."""
+
+    work: Floats
+    own: Floats
+    total: Floats
 
 
-def pick(request: RouteRequest, fleet: FleetLoad) -> Route | Overloaded | NoHeadroom:
+def pick(
+    request: RouteRequest,
+    prompt: Prompt,
+    replicas: Replicas,
+    candidates: Candidates,
+    matched_blocks: Ints,
+    traffic: Traffic,
+    rng: random.Random,
+) -> Route | Overloaded | NoHeadroom:
     """The replica for `request`, or why there is none. Overloaded is always permanent here."""
-    serving = [view for view in fleet.replicas if serves(view.load, request)]
-    if serving and not any(_fits_pool(view.load, request, fleet.block_tokens) for view in serving):
-        return _too_large(request, serving, fleet.block_tokens)
-    usable = [view for view in serving if _usable(view, request, fleet)]
-    room = {view.load.replica_id: headroom_blocks(view, request, fleet.block_tokens) for view in usable}
-    admissible = [view for view in usable if room[view.load.replica_id] >= 0]
-    if not admissible:
-        return NoHeadroom(why=_why_none(request, serving, room))
-
-    def preference(view: ReplicaView) -> tuple[bool, int, int, int, str]:
-        replica_id = view.load.replica_id
-        doubted = view.age_s > fleet.stale_after_s
-        whole_ms = round(predicted_ms(view, request, fleet.block_tokens))  # less than 1 ms is noise
-        return (doubted, whole_ms, -room[replica_id], view.last_routed, replica_id)
-
-    best = min(admissible, key=preference)
-    return _route(best, request, fleet.block_tokens, room[best.load.replica_id], len(admissible))
-
-
-def demand_blocks(request: RouteRequest, block_tokens: int, pool_blocks: int) -> int:
-    """Blocks to reserve for the prompt and its expected growth, at most a pool of `pool_blocks`."""
-    growth = min(request.expected_new_tokens, request.max_tokens)
-    return min(_ceil_div(request.prompt_tokens + growth, block_tokens), pool_blocks)
-
-
-def headroom_blocks(view: ReplicaView, request: RouteRequest, block_tokens: int) -> int:
-    """Blocks that would be left on this replica with `request` on it; negative is a refusal."""
-    demand = demand_blocks(request, block_tokens, view.load.blocks_total)
-    return view.load.room_blocks - view.dispatched_blocks - demand
-
-
-def predicted_ms(view: ReplicaView, request: RouteRequest, block_tokens: int) -> float:
-    """Predicted milliseconds until the request's first token, the way there included."""
-    tokens = max(1, request.prompt_tokens - view.matched_blocks * block_tokens)  # the last is always computed
-    chunks = _ceil_div(tokens, _chunk_tokens(view))
-    pairs = tokens * (request.prompt_tokens - tokens / 2)  # with the matched tokens and those before it
-    step = view.load.step
-    read_back = step.per_kv_token_ms * tokens * (chunks + 1) / 2 + step.per_pair_ms * pairs
-    return view.rtt_ms + _under_way_ms(view) + _prefill_ms(view, _backlog_tokens(view) + tokens) + read_back
-
-
-def wait_ms(view: ReplicaView) -> float:
-    """Of that, the milliseconds before its first chunk: the step under way and the backlog."""
-    return _under_way_ms(view) + _prefill_ms(view, _backlog_tokens(view))
-
-
-def drain_ms(blocks: int, expected_new_tokens: int, views: Iterable[ReplicaView]) -> float | None:
-    """Predicted milliseconds until these replicas release `blocks`; None where nothing runs.
-
-    Little's law: a sequence stays for its output's steps, so a replica with `u` blocks in use
-    releases `u / (expected_new_tokens * step_ms)` of them a millisecond.
-    """
-    blocks_per_ms = 0.0
-    for view in views:
-        used = view.load.blocks_total - view.load.room_blocks + view.dispatched_blocks
-        stay_ms = max(1.0, expected_new_tokens * _chunk_ms(view))
-        blocks_per_ms += max(0, used) / stay_ms
-    return blocks / blocks_per_ms if blocks_per_ms > 0 else None
-
-
-def serves(load: ReplicaLoad, request: RouteRequest) -> bool:
-    """Whether this replica has the request's model, in a region the request may go to."""
-    allowed = not request.allowed_regions or load.region in request.allowed_regions
-    return load.model == request.model and allowed
-
-
-def _usable(view: ReplicaView, request: RouteRequest, fleet: FleetLoad) -> bool:
-    closed = view.held or view.load.draining or view.age_s > fleet.drop_after_s
-    refused = view.load.replica_id in request.refused_replicas
-    return not closed and not refused and _fits_pool(view.load, request, fleet.block_tokens)
-
-
-def _fits_pool(load: ReplicaLoad, request: RouteRequest, block_tokens: int) -> bool:
-    return request.prompt_tokens + 1 <= load.blocks_total * block_tokens
-
-
-def _running(view: ReplicaView) -> int:
-    return view.load.num_running + view.dispatched_requests
-
-
-def _backlog_tokens(view: ReplicaView) -> int:
-    return view.load.prefill_backlog_tokens + view.dispatched_tokens
-
-
-def _chunk_tokens(view: ReplicaView) -> int:
-    return max(1, view.load.max_step_tokens - _running(view))
-
-
-def _under_way_ms(view: ReplicaView) -> float:
-    return _chunk_ms(view) if _running(view) else 0.0
-
-
-def _chunk_ms(view: ReplicaView, prefill_tokens: int = 0) -> float:
-    """A step of the running decodes, beside so many tokens of prefill."""
-    kv_tokens, running = view.load.decode_kv_tokens, _running(view)
-    return view.load.step.predict_ms(running + prefill_tokens, kv_tokens, running, kv_tokens)
-
-
-def _prefill_ms(view: ReplicaView, tokens: int) -> float:
-    full, rest = divmod(tokens, _chunk_tokens(view))
-    return full * _chunk_ms(view, _chunk_tokens(view)) + (_chunk_ms(view, rest) if rest else 0.0)
-
-
-def _ceil_div(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
-
-
-def _route(view: ReplicaView, request: RouteRequest, block_tokens: int, room: int, rivals: int) -> Route:
-    total_ms = predicted_ms(view, request, block_tokens)
-    waiting_ms = wait_ms(view)
-    work = total_ms - waiting_ms - view.rtt_ms
+    if not candidates.serves.any():
+        return NoHeadroom(why=f"no replica of {request.model} is reporting")
+    fits_pool = candidates.serves & (prompt.tokens + 1 <= replicas.blocks_total * prompt.block_tokens)
+    if not fits_pool.any():
+        return _too_large(request, prompt, int(replicas.blocks_total[candidates.serves].max()))
+    demand = np.minimum(prompt.demand_blocks, replicas.blocks_total)
+    headroom = replicas.room_blocks - demand
+    usable = candidates.is_open & fits_pool
+    admissible = usable & (headroom >= 0)
+    fresh = admissible & ~candidates.is_doubted
+    rivals = np.flatnonzero(fresh if fresh.any() else admissible)
+    if len(rivals) == 0:
+        return NoHeadroom(why=_why_none(request, headroom[usable], int(candidates.serves.sum())))
+    scores = score(prompt, replicas, candidates.wait_ms, matched_blocks, traffic)
+    best = _choose(scores, rivals, headroom, candidates.noise_ms, rng)
     return Route(
         request_id=request.request_id,
-        replica_id=view.load.replica_id,
-        region=view.load.region,
-        reserve_blocks=demand_blocks(request, block_tokens, view.load.blocks_total),
-        matched_blocks=view.matched_blocks,
-        predicted_ms=total_ms,
-        why=f"round trip {view.rtt_ms:.0f} + wait {waiting_ms:.0f} + work {work:.0f} ms, "
-        f"{room} blocks left, best of {rivals} with headroom",
+        replica_id=str(replicas.ids[best]),
+        region=replicas.regions[best],
+        reserve_blocks=int(demand[best]),
+        matched_blocks=int(matched_blocks[best]),
+        predicted_ms=float(scores.own[best]),
+        work_ms=float(scores.work[best]),
+        why=f"round trip {replicas.rtt_ms[best]:.0f} + wait {candidates.wait_ms[best]:.0f} + work "
+        f"{scores.work[best]:.0f} ms, {scores.total[best] - scores.own[best]:.0f} ms for others, "
+        f"{headroom[best]} blocks left, best of {len(rivals)} with headroom",
     )
 
 
-def _too_large(request: RouteRequest, serving: list[ReplicaView], block_tokens: int) -> Overloaded:
-    largest = max(view.load.blocks_total for view in serving) * block_tokens
+def score(
+    prompt: Prompt, replicas: Replicas, wait_ms: Floats, matched_blocks: Ints, traffic: Traffic
+) -> Scores:
+    """Milliseconds for the request and for all others, by the formula at the top."""
+    r = replicas
+    # The last token is always computed.
+    tokens = np.maximum(1, prompt.tokens - matched_blocks * prompt.block_tokens)
+    steps = np.ceil(tokens / r.chunk_tokens)
+    read_back = r.kv_token_ms * tokens * (steps + 1) / 2 + r.pair_ms * tokens * (prompt.tokens - tokens / 2)
+    work = tokens * r.token_ms + read_back
+    own = r.rtt_ms + wait_ms + work
+    busy = min(traffic.busy, MOST_BUSY)
+    later = work * (busy / (1 - busy))
+    decode = r.running * np.maximum(0.0, work - steps * r.step_ms)
+    evicted = np.maximum(0, prompt.demand_blocks - matched_blocks - r.free_blocks)
+    evict = evicted * (traffic.reuse * prompt.block_tokens) * r.token_ms
+    return Scores(work, own, own + later + decode + evict + r.egress_ms)
+
+
+def drain_ms(blocks: int, new_tokens: int, replicas: Replicas, serves: Bools) -> float | None:
+    """Predicted milliseconds until these replicas release `blocks`; None where nothing runs.
+
+    Little's law: a sequence stays for its output's steps, so a replica with `u` blocks in use
+    releases `u / (new_tokens * step_ms)` of them a millisecond.
+    """
+    used = np.maximum(0, replicas.blocks_total - replicas.room_blocks)[serves]
+    blocks_per_ms = float((used / np.maximum(1.0, new_tokens * replicas.step_ms[serves])).sum())
+    return blocks / blocks_per_ms if blocks_per_ms > 0 else None
+
+
+def _choose(scores: Scores, rivals: Ints, headroom: Ints, noise_ms: Floats, rng: random.Random) -> int:
+    totals = scores.total[rivals]
+    first = rivals[int(totals.argmin())]
+    noise = 1.0 + PREDICTION_ERROR * scores.work[first] + noise_ms[rivals] + noise_ms[first]
+    equals = rivals[totals <= scores.total[first] + noise]
+    if len(equals) == 1:
+        return int(first)
+    one, other = rng.randrange(len(equals)), rng.randrange(len(equals))
+    return int(max(equals[one], equals[other], key=lambda row: headroom[row]))
+
+
+def _too_large(request: RouteRequest, prompt: Prompt, most_blocks: int) -> Overloaded:
+    largest = most_blocks * prompt.block_tokens
     return Overloaded(
         request_id=request.request_id,
         retry_after_s=PERMANENT_RETRY_S,
         permanent=True,
-        why=f"the prompt has {request.prompt_tokens} tokens, and the largest KV cache of a replica that "
-        f"may serve it holds {largest}, one of them for the answer: send at most {largest - 1} tokens",
+        why=f"the prompt has {prompt.tokens} tokens, and the largest KV cache of a replica that may serve "
+        f"it holds {largest}, one of them for the answer: send at most {largest - 1} tokens",
     )
 
 
-def _why_none(request: RouteRequest, serving: list[ReplicaView], room: dict[str, int]) -> str:
-    if not serving:
-        return f"no replica of {request.model} is reporting"
-    if not room:
-        return f"none of {len(serving)} replicas of {request.model} takes this request now"
-    return f"no replica of {request.model} has room: the nearest is short of {-max(room.values())} KV blocks"
+def _why_none(request: RouteRequest, headroom: Ints, serving: int) -> str:
+    if len(headroom) == 0:
+        return f"none of {serving} replicas of {request.model} takes this request now"
+    return f"no replica of {request.model} has room: the nearest is short of {-int(headroom.max())} KV blocks"

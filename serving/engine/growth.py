@@ -13,11 +13,13 @@ over the sequences foretell the pool's use; one more is let in while
 
     shared + Σ mean(t) + DEVIATIONS · √Σ variance(t)  ≤  blocks in the pool      for all t
 
-where `shared` counts the blocks that outlive each single reader.
+where `shared` counts the blocks that outlive each single reader. What the running ones are foreseen to
+need beyond what they hold is no room for a new request: the replica reports it as reserved.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Collection
 from itertools import takewhile
 from typing import Any
@@ -48,6 +50,7 @@ class OutputGrowth:
         self._pool = pool
         size = pool.blocks_for(max_context_tokens) + 1
         self._prior_hazard = min(1.0, pool.block_tokens / prior_tokens)
+        self._foreseen: tuple[object, int] = (None, 0)
         self._ended = np.zeros(size)
         self._reached = np.zeros(size)
 
@@ -76,16 +79,29 @@ class OutputGrowth:
         own[-1] += missing
         yielding = sum(self._num_own(s) for s in waiting[1:])
         shared = pool.num_blocks - pool.num_available - yielding + missing - int(own.sum())
-        ages = np.array([self._output_block(s) for s in sequences])
-        growth = np.array([pool.blocks_for(s.sampling.max_tokens) for s in sequences]) - ages
+        return bool(shared + self._peak(sequences, own, len(running)) <= pool.num_blocks)
 
+    def growth_blocks(self, running: Collection[Sequence], moment: object) -> int:
+        """Blocks that `running` are foreseen to need beyond those they hold.
+
+        Worked out again only when `moment` is another one than the last time.
+        """
+        if self._foreseen[0] != moment:
+            own = np.array([self._num_own(s) for s in running])
+            peak = self._peak(running, own, len(running)) if len(own) else 0.0
+            self._foreseen = (moment, max(0, math.ceil(peak - own.sum())))
+        return self._foreseen[1]
+
+    def _peak(self, sequences: Collection[Sequence], own: NDArray[np.int_], num_running: int) -> float:
+        """The most blocks that they are foreseen to hold alone at one time; the first ones run by now."""
+        ages = np.array([self._output_block(s) for s in sequences])
+        growth = np.array([self._pool.blocks_for(s.sampling.max_tokens) for s in sequences]) - ages
         ahead = np.arange(self.HORIZON_BLOCKS)[:, None]  # [T, 1]; the sequences are [B]
-        survival = self._survival(ages[:-1])
+        survival = self._survival(ages[:num_running])
         alive = survival[ages + ahead] / survival[ages] * (ahead <= growth)
         mean = (own + ahead) * alive
         variance = (own + ahead) * mean * (1 - alive)
-        peak = (mean.sum(axis=1) + self.DEVIATIONS * np.sqrt(variance.sum(axis=1))).max()
-        return bool(shared + peak <= pool.num_blocks)
+        return float((mean.sum(axis=1) + self.DEVIATIONS * np.sqrt(variance.sum(axis=1))).max())
 
     def _survival(self, running_ages: NDArray[np.int_]) -> Floats:
         """By output block, followed by a horizon of zeros."""

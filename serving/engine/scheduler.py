@@ -5,8 +5,9 @@ A pure state machine: requests and sampled tokens in, steps and deltas out; no c
     reserve ──► waiting ──admit──► running ──complete──► deltas, the last with a finish reason
                    └──◄── preempt ────┘
 
-- A request is accepted when its reservation fits beside all outstanding ones. Prefix blocks that it
-  matches are held from then on; the rest of the reservation turns into blocks as they are allocated.
+- A request is accepted when its reservation fits beside all outstanding ones, and beside the growth that
+  is foreseen of what runs; one that reserves nothing is only queued. Prefix blocks that it matches are
+  held from then on; the rest of the reservation turns into blocks as they are allocated.
 - Waiting sequences are admitted strictly in (priority, arrival) order, and get blocks for all their
   known tokens at once: only decodes grow, so a prefill never runs out of blocks half-way. The first
   in line waits while it is foreseen (`growth.py`) that those inside will come to need its room.
@@ -96,8 +97,8 @@ class Scheduler:
         why = self._never(sequence)
         if why is not None:
             return self._refused(sequence, why, permanent=True)
-        cost, headroom = self._holdings.cost_blocks(sequence), self._holdings.headroom_blocks
-        if cost > headroom:
+        cost, headroom = self._holdings.cost_blocks(sequence), self._headroom_blocks
+        if sequence.reserve_blocks and cost > headroom:
             return self._refused(sequence, f"{cost} blocks are asked for, {headroom} are left")
         self._last_arrival += 1
         sequence.arrival = self._last_arrival
@@ -200,7 +201,7 @@ class Scheduler:
             blocks_total=self.pool.num_blocks,
             blocks_free=self.pool.num_free,
             blocks_evictable=self.pool.num_evictable,
-            blocks_reserved=self._holdings.outstanding_blocks,
+            blocks_reserved=self.pool.num_available - self._headroom_blocks,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
             prefill_backlog_tokens=uncomputed - len(decoding),
@@ -217,6 +218,14 @@ class Scheduler:
         for queue in (self._waiting, self._running):
             assert queue == sorted(queue, key=_order)
         assert len(self._running) <= self.limits.max_num_seqs
+
+    @property
+    def _headroom_blocks(self) -> int:
+        """What a new request can count on: neither promised, nor foreseen for what runs."""
+        promised = sum(sequence.outstanding_blocks for sequence in self._waiting)
+        moment = (self._step_number // self.pool.block_tokens, self._num_departures, len(self._running))
+        foreseen = promised + self._growth.growth_blocks(self._running, moment)
+        return min(self._holdings.headroom_blocks, self.pool.num_available - foreseen)
 
     def _decodes_first(self) -> list[Sequence]:
         decodes: list[Sequence] = []
@@ -243,7 +252,7 @@ class Scheduler:
     def _refused(self, sequence: Sequence, why: str, permanent: bool = False) -> Refused:
         return Refused(
             request_id=sequence.request_id,
-            headroom_blocks=self._holdings.headroom_blocks,
+            headroom_blocks=self._headroom_blocks,
             why=why,
             permanent=permanent,
         )

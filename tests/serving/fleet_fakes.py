@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 import msgspec
 
-from cluster.load import ReplicaLoad
+from cluster.load import ReplicaLoad, StepCoefficients
 from serving.completions import Completions, ModelIdentity
 from serving.dispatcher import Answers, Dispatcher, DispatcherLimits
 from serving.errors import ReplicaGone
@@ -190,10 +190,12 @@ class FakeRouter:
         self._answers.close_all()
 
     def know(self, *replicas: FakeReplica) -> None:
-        """The running set is these, and each has just reported."""
+        """The running set is these, and each has just reported; the earlier it is named, the faster."""
         self._publish(self.dispatcher.membership({replica.replica_id for replica in replicas}, time.time()))
-        for replica in replicas:
-            self._publish(self.dispatcher.replica_reported(replica.load(), time.time()))
+        for number, replica in enumerate(replicas):
+            step = StepCoefficients(5.0 + 50.0 * number, 0.1, 0.0)
+            load = msgspec.structs.replace(replica.load(), step=step)
+            self._publish(self.dispatcher.replica_reported(load, time.time()))
 
     def tick(self) -> None:
         self._publish(self.dispatcher.tick(time.time()))

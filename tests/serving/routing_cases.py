@@ -4,7 +4,6 @@ import msgspec
 
 from cluster.load import ReplicaLoad, StepCoefficients
 from serving.messages import RouteRequest
-from serving.routing import ReplicaView, growth_prior
 
 BLOCK_TOKENS = 16
 PER_TOKEN_ONLY = StepCoefficients(0.0, 0.1, 0.0)
@@ -32,12 +31,6 @@ def a_load(replica_id: str = "r0", **changes: object) -> ReplicaLoad:
     return msgspec.structs.replace(idle, **changes)
 
 
-def a_view(
-    replica_id: str = "r0", *, rtt_ms: float = 0.0, age_s: float = 0.0, **changes: object
-) -> ReplicaView:
-    return ReplicaView(load=a_load(replica_id, **changes), rtt_ms=rtt_ms, age_s=age_s)
-
-
 def a_request(prompt_tokens: int = 160, **changes: object) -> RouteRequest:
     request = RouteRequest(
         request_id="q",
@@ -47,6 +40,5 @@ def a_request(prompt_tokens: int = 160, **changes: object) -> RouteRequest:
         deadline_s=1e9,
         prompt_tokens=prompt_tokens,
         max_tokens=64,
-        expected_new_tokens=growth_prior(64),
     )
     return msgspec.structs.replace(request, **changes)

@@ -12,7 +12,7 @@ from serving.block_hash import hash_blocks, hash_root
 from serving.completions import Completions, Reply
 from serving.detokenizer import StreamDecoder, token_bytes
 from serving.messages import SamplingParams
-from serving.routing import growth_prior
+from serving.output_lengths import TABLE
 from tests.serving.fleet_fakes import FakeFleet, FakeReplica, eventually
 from tests.serving.routing_cases import BLOCK_TOKENS
 
@@ -40,7 +40,7 @@ async def text_of(reply: Reply) -> str:
 
 
 async def test_what_leaves_an_ingress_is_all_a_router_and_a_replica_need():
-    """Hashes of full blocks under the tenant's root, expected growth, a deadline; and the prompt itself."""
+    """Hashes of full blocks under the tenant's root, a deadline, the prompt; growth by the table."""
     a = FakeReplica("a")
     async with FakeFleet(a) as fleet:
         reply = start(fleet.completions(timeout_s=5.0))
@@ -53,10 +53,9 @@ async def test_what_leaves_an_ingress_is_all_a_router_and_a_replica_need():
         assert pick.block_hashes == tuple(hash_blocks(root, PROMPT, BLOCK_TOKENS))
         assert len(pick.block_hashes) == len(PROMPT) // BLOCK_TOKENS
         assert (pick.prompt_tokens, pick.max_tokens) == (len(PROMPT), 1000)
-        assert pick.expected_new_tokens == growth_prior(1000)
         assert 4.0 < pick.deadline_s - time.time() < 5.0
         assert submit.token_ids == tuple(PROMPT) and submit.sampling.seed == 3
-        assert submit.reserve_blocks == -(-(len(PROMPT) + pick.expected_new_tokens) // BLOCK_TOKENS)
+        assert submit.reserve_blocks == -(-(len(PROMPT) + TABLE[-1]) // BLOCK_TOKENS)
         a.say("q", ONE, finish="length")
         assert await answer == " one" and reply.finish_reason == "length"
         assert (reply.prompt_tokens, reply.output_tokens) == (len(PROMPT), 1)

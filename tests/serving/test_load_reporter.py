@@ -9,10 +9,12 @@ from cluster.load import ReplicaLoad
 from serving import load_reporter
 from serving.errors import ReplicaGone
 from serving.load_reporter import BUSY_INTERVAL_S, IDLE_INTERVAL_S, LoadReporter
-from serving.messages import decode
+from serving.messages import BlockEvents, BlockSnapshot, BlockStored, ReplicaReport, decode, encode
 from serving.transport import DelayLine
 from tests.serving.fleet_fakes import eventually
 from tests.serving.routing_cases import a_load
+
+SNAPSHOT = BlockSnapshot(last_number=7, block_hashes=(b"a", b"b"))
 
 
 class Listener:
@@ -20,26 +22,32 @@ class Listener:
 
     def __init__(self) -> None:
         self.reports: list[ReplicaLoad] = []
+        self.blocks: list[BlockEvents | BlockSnapshot] = []
+        self.is_whole = True
         self.times: list[float] = []
         self.num_calls = 0
         self.away = False
 
-    async def call(self, method: str, *args: object) -> object:
+    async def call(self, method: str, *args: object) -> bytes:
         assert method == "report"
         self.num_calls += 1
         if self.away:
             raise ReplicaGone("Router")
-        (report,) = decode(args[0], list[ReplicaLoad])
-        self.reports.append(report)
+        (report,) = decode(args[0], list[ReplicaReport])
+        self.reports.append(report.load)
+        self.blocks += report.blocks
         self.times.append(time.monotonic())
-        return b""
+        return encode(self.is_whole)
 
 
 @asynccontextmanager
 async def reporting(
     load: ReplicaLoad, listener: Listener, rtt_ms: float = 0.0
 ) -> AsyncIterator[LoadReporter]:
-    reporter = LoadReporter(load, listener, DelayLine(rtt_ms))
+    async def snapshot() -> BlockSnapshot:
+        return SNAPSHOT
+
+    reporter = LoadReporter(load, listener, DelayLine(rtt_ms), snapshot)
     running = asyncio.create_task(reporter.run())
     try:
         yield reporter
@@ -94,3 +102,45 @@ async def test_a_pretend_round_trip_delays_a_report():
     async with reporting(a_load(), listener, rtt_ms=100.0):
         await eventually(lambda: listener.reports)
         assert listener.times[0] - started >= 0.05
+
+
+def stored(number: int) -> BlockEvents:
+    return BlockEvents(first_number=number, events=(BlockStored(bytes([number]), b"root"),))
+
+
+async def test_every_event_of_the_cache_is_told_once_and_in_order():
+    """Between two reports they are kept; a load that did not change is told with them."""
+    listener = Listener()
+    async with reporting(a_load(), listener) as reporter:
+        for number in range(1, 40):
+            reporter.blocks_changed(stored(number))
+            await asyncio.sleep(0.003)
+        await eventually(lambda: len(listener.blocks) == 39)
+        assert [news.first_number for news in listener.blocks] == list(range(1, 40))
+        assert listener.num_calls < 10
+
+
+async def test_a_router_that_missed_events_is_sent_a_snapshot():
+    """Its answer says so; what happened since the snapshot follows it."""
+    listener = Listener()
+    listener.is_whole = False
+    async with reporting(a_load(), listener) as reporter:
+        reporter.blocks_changed(stored(3))
+        await eventually(lambda: listener.blocks)
+        reporter.blocks_changed(stored(8))
+        listener.is_whole = True
+        await eventually(lambda: SNAPSHOT in listener.blocks and stored(8) in listener.blocks)
+        await asyncio.sleep(3 * BUSY_INTERVAL_S)
+        assert listener.blocks.count(SNAPSHOT) <= 2
+
+
+async def test_after_the_router_was_away_a_snapshot_makes_up_for_what_was_lost(monkeypatch):
+    """The events of a call that failed are gone with it."""
+    monkeypatch.setattr(load_reporter, "IDLE_INTERVAL_S", 0.05)
+    listener = Listener()
+    listener.away = True
+    async with reporting(a_load(), listener) as reporter:
+        reporter.blocks_changed(stored(1))
+        await eventually(lambda: listener.num_calls)
+        listener.away = False
+        await eventually(lambda: SNAPSHOT in listener.blocks)

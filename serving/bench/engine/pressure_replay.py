@@ -23,7 +23,6 @@ from serving.engine.scheduled_step import ScheduledStep, build_plan
 from serving.engine.scheduler import Scheduler
 from serving.engine.step_time import StepShape, StepTimeModel
 from serving.messages import SamplingParams, Submit
-from serving.routing import growth_prior
 
 STOP_TOKEN = 0
 PROMPT_IDS = 1000  # any model knows so many
@@ -67,7 +66,7 @@ class KnownRequest:
 
 
 def draw_load(shape: LoadShape, block_tokens: int, seed: int) -> list[KnownRequest]:
-    """`shape`'s requests. Prompts are random, so that none shares a prefix; reservations are Ingress's."""
+    """`shape`'s requests. Prompts are random, so that none shares a prefix; reservations are the Router's."""
     rng = np.random.default_rng(seed)
 
     def lengths(log_mean: float, log_std: float, most: int) -> list[int]:
@@ -76,7 +75,7 @@ def draw_load(shape: LoadShape, block_tokens: int, seed: int) -> list[KnownReque
 
     prompts = lengths(shape.prompt_log_mean, shape.prompt_log_std, shape.max_prompt_tokens)
     outputs = lengths(shape.output_log_mean, shape.output_log_std, shape.max_output_tokens)
-    growth = growth_prior(shape.asked_tokens)
+    growth = round(sum(outputs) / len(outputs))  # what a Router that knows this load expects
     return [
         KnownRequest(
             submit=Submit(

@@ -62,6 +62,9 @@ class Blind(OutputGrowth):
     def has_room(self, running: Collection[Sequence], waiting: Collection[Sequence]) -> bool:
         return True
 
+    def growth_blocks(self, running: Collection[Sequence], moment: object) -> int:
+        return 0
+
 
 @dataclass
 class Harness:
