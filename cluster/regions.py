@@ -125,6 +125,7 @@ class GpuSku(_Frozen):
     memory_gib: Positive
     bf16_tflops: Positive  # dense
     memory_gb_s: Positive
+    usd_per_hour: Positive | None = None  # of one
 
 
 class Node(_Frozen):
@@ -146,6 +147,7 @@ class Region(_Frozen):
     name: Name
     fabric: Fabric = Loopback()
     nodes: tuple[Node, ...] = ()
+    egress_usd_per_gb: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0  # of what leaves it
 
 
 class ClusterMap(_Frozen):
@@ -180,6 +182,19 @@ class ClusterMap(_Frozen):
             return 0.0
         assert self.default_rtt_ms is not None  # or the map would not be whole
         return self.default_rtt_ms
+
+    def egress_ms(self, here: str, there: str, num_bytes: int, gpus: int) -> float:
+        """What it costs to bring `num_bytes` from region `there` to `here`, in milliseconds.
+
+        They are those that a replica of `gpus` GPUs runs for the same money, at the lowest price of a GPU
+        in `there`; 0 within a region, and where no price is given.
+        """
+        region = self.region(there)
+        skus = [self.skus[node.sku] for node in region.nodes if node.sku is not None]
+        prices = [sku.usd_per_hour for sku in skus if sku.usd_per_hour is not None]
+        if here == there or not prices:
+            return 0.0
+        return region.egress_usd_per_gb * num_bytes / 1e9 / (min(prices) * gpus / 3.6e6)
 
     def _given_ms(self, here: str, there: str) -> float | None:
         one_way = self.round_trips_ms.get(here, {}).get(there)

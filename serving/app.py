@@ -27,6 +27,7 @@ from serving.ray_compat import PINNED_ROUTER
 from serving.replica import ModelReplica
 from serving.router import Router, RouterSetup
 
+ANSWER_BYTES = 64 << 10  # an answer of some hundred tokens, as frames between regions
 MAX_ONGOING_CALLS = 10_000  # Serve's default of 5 would queue calls unseen; admission is by KV blocks
 HEALTH_CHECK_PERIOD_S = 2.0
 HEALTH_CHECK_TIMEOUT_S = 30.0
@@ -88,6 +89,10 @@ def compose(plan: Plan) -> Application:
         region=config.home,
         deployments=tuple(deployments.values()),
         rtt_ms=rtt_ms,
+        egress_ms={
+            name: plan.cluster.egress_ms(config.home, name, ANSWER_BYTES, config.engine.tensor_parallel)
+            for name in names
+        },
         log_level=config.log_level,
     )
     router = _control_deployment(Router, "Router", config, num_replicas=1, drain_s=ROUTER_DRAIN_S).bind(

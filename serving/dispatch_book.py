@@ -37,6 +37,7 @@ class Dispatch:
     request_id: str
     ingress_id: str
     replica_id: str
+    region: str
     tenant_key: str
     model: str
     blocks: int
@@ -83,6 +84,7 @@ class DispatchBook:
                 request_id=request.request_id,
                 ingress_id=request.ingress_id,
                 replica_id=route.replica_id,
+                region=route.region,
                 tenant_key=request.tenant_key,
                 model=request.model,
                 blocks=route.reserve_blocks,

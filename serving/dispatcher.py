@@ -41,6 +41,7 @@ from serving.messages import (
 )
 from serving.output_lengths import OutputLengths
 from serving.prefix_index import PrefixIndex
+from serving.region_records import RegionRecords, RegionStatus
 from serving.routing import Bools, NoHeadroom, Prompt, drain_ms, pick
 from serving.wait_queue import CACHED_WEIGHT, OUTPUT_WEIGHT, Waiting, WaitQueue
 
@@ -68,6 +69,7 @@ class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):
     replicas: tuple[ReplicaStatus, ...]
     unreported: tuple[str, ...]  # in Serve's running set, and not heard of yet
     waiting: dict[str, int]  # requests a model
+    regions: dict[str, RegionStatus]  # where something was routed to
 
 
 class Dispatcher:
@@ -78,6 +80,7 @@ class Dispatcher:
         *,
         block_tokens: int,
         egress_ms: Mapping[str, float] | None = None,
+        home: str = "",
         seed: int = 0,
     ) -> None:
         """`rtt_ms` is the round trip from here to each region, `egress_ms` the price of going there."""
@@ -86,6 +89,7 @@ class Dispatcher:
         self._fleet = Fleet(rtt_ms, egress_ms or {}, limits.stale_after_s, limits.drop_after_s)
         self._index = PrefixIndex()
         self._lengths = OutputLengths()
+        self._regions = RegionRecords(home)
         self._rng = random.Random(seed)
         self._book = DispatchBook(limits.dispatch_ttl_s)
         self._queue = WaitQueue()
@@ -168,6 +172,8 @@ class Dispatcher:
                 self._lengths.observe(ended.model, ended.tenant_key, update.output_tokens, update.is_whole)
                 more = update.output_tokens - ended.expected_tokens
                 self._queue.served(ended.tenant_key, OUTPUT_WEIGHT * more)
+                if update.ttft_ms > 0:
+                    self._regions.first_token(ended.region, update.ttft_ms)
         else:
             self._book.released(request_id, replica_id, now)
         self._fleet.dispatch_changed(replica_id)
@@ -198,7 +204,10 @@ class Dispatcher:
             waiting[entry.request.model] = waiting.get(entry.request.model, 0) + 1
         unheard = (name for name in sorted(self._fleet.members) if self._fleet.load(name) is None)
         return RouterStatus(
-            replicas=self._fleet.status(self._book, now), unreported=tuple(unheard), waiting=waiting
+            replicas=self._fleet.status(self._book, now),
+            unreported=tuple(unheard),
+            waiting=waiting,
+            regions=self._regions.status(),
         )
 
     def check_integrity(self) -> None:
@@ -262,6 +271,7 @@ class Dispatcher:
         self._queue.served(request.tenant_key, charged)
         self._book.sent(request, route, uncached_tokens, prompt.new_tokens, charged, waiting.arrival, now)
         self._fleet.dispatch_changed(route.replica_id)
+        self._regions.routed(route.region)
         self._fleet.routed(len(request.block_hashes), route.matched_blocks, route.work_ms, now)
         row = self._fleet.row(route.replica_id)
         assert row is not None

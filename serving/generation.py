@@ -48,6 +48,7 @@ MAX_LOST_REPLICAS = 2  # a request whose replicas keep dying may be what kills t
 class GenerationTimes:
     """Unix times of a request's hops; `sequence` is what the replica says of its own part."""
 
+    began_s: float = 0.0
     picked_s: float = 0.0
     accepted_s: float = 0.0
     first_token_s: float = 0.0
@@ -79,6 +80,7 @@ class Generation:
         Raises ServerOverloaded, ContextLengthExceeded, DeadlineExceeded before the first delta;
         ReplicaLost or InternalError at any time.
         """
+        self.times.began_s = time.time()
         try:
             while True:
                 await self._place()
@@ -202,7 +204,13 @@ class Generation:
         if self.route is None or self._link is None:
             return
         link, self._link = self._link, None
-        self._tell("finished", output_tokens=self.output_tokens, is_whole=self.finish_reason == "stop")
+        times = self.times
+        self._tell(
+            "finished",
+            output_tokens=self.output_tokens,
+            is_whole=self.finish_reason == "stop",
+            ttft_ms=1000 * max(0.0, times.first_token_s - times.began_s),
+        )
         link.release(self._submit_id, abort=self.finish_reason is None)
 
     @property

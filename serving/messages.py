@@ -101,6 +101,7 @@ class DispatchUpdate(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int = 0
     is_whole: bool = True  # it ended by itself: neither its limit nor its client cut it off
     rtt_ms: float = 0.0  # measured on the way to `accepted`; 0 where it was not
+    ttft_ms: float = 0.0  # told with `finished`; 0 where there was no token
 
 
 class Submit(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,8 +7,9 @@ the replicas that hold block `i` of a prompt are among those that hold block `i 
 one goes is found by bisection over the blocks at which the set changes.
 
 Events carry numbers. Who missed some is told so, and wants a snapshot. What was routed and is not
-computed yet is *expected*: a chain of hashes, compared from its end by bisection too. It counts
-until it ends, or `EXPECTED_S` at most: by then the events speak for it.
+computed yet is *expected*, for `EXPECTED_S`: by then the events speak for it. The last such prompt of
+a replica stands at its blocks number 1, 2, 4, 8...; where a prompt finds few that share so many blocks,
+how far each goes is found by bisection, else that number is taken.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from serving.messages import BlockEvents, BlockSnapshot, BlockStored
 
 EXPECTED_S = 30.0
+FEW = 8  # replicas; more share a common preamble, of which events tell exactly
 Hashes = tuple[bytes, ...]
 Depths = NDArray[np.int64]
 
@@ -37,12 +39,6 @@ class _Replica:
     blocks: set[bytes] = field(default_factory=set)
 
 
-@dataclass(frozen=True, slots=True)
-class _Expected:
-    row: int
-    hashes: Hashes
-
-
 class PrefixIndex:
     def __init__(self, max_blocks: int = 8_000_000) -> None:
         """At `max_blocks` (of all replicas together) no more are taken in: matches are found shorter."""
@@ -50,9 +46,8 @@ class PrefixIndex:
         self._num_blocks = 0
         self._holders: dict[bytes, int] = {}
         self._replicas: dict[int, _Replica] = {}
-        self._expected: dict[bytes, dict[int, _Expected]] = {}  # by the first hash
-        self._order: deque[tuple[float, bytes, int]] = deque()  # when each ends
-        self._num_expected = 0
+        self._expected: dict[bytes, dict[int, Hashes]] = {}  # by hash and row
+        self._order: deque[tuple[float, int, Hashes]] = deque()  # when each ends
 
     @property
     def num_blocks(self) -> int:
@@ -92,11 +87,9 @@ class PrefixIndex:
         """This replica will have computed these blocks soon: they were routed there."""
         if not hashes:
             return
-        self._num_expected += 1
-        expires_s = now + EXPECTED_S
-        of_first = self._expected.setdefault(hashes[0], {})
-        of_first[self._num_expected] = _Expected(row, hashes)
-        self._order.append((expires_s, hashes[0], self._num_expected))
+        for number in _powers(len(hashes)):
+            self._expected.setdefault(hashes[number - 1], {})[row] = hashes
+        self._order.append((now + EXPECTED_S, row, hashes))
 
     def match(self, hashes: Hashes, num_rows: int, now: float) -> Depths:
         """Cached or expected blocks of this prompt, by row: [num_rows]."""
@@ -119,15 +112,22 @@ class PrefixIndex:
             descend(middle, middle_mask, high, high_mask)
 
         descend(0, holders.get(hashes[0], 0), len(hashes), 0)
-        for expected in self._expected.get(hashes[0], {}).values():
-            depths[expected.row] = max(depths[expected.row], _common(hashes, expected.hashes))
+        found: set[int] = set()
+        for number in reversed(_powers(len(hashes))):
+            sharing = self._expected.get(hashes[number - 1])
+            if sharing is None:
+                continue
+            for row, expected in sharing.items():
+                if row not in found:
+                    shared = _common(hashes, expected, number) if len(sharing) <= FEW else number
+                    depths[row] = max(depths[row], shared)
+            found.update(sharing)
         return depths
 
     def forget(self, row: int) -> None:
         """The replica is gone, and its cache with it."""
-        for chains in self._expected.values():
-            for number in [n for n, chain in chains.items() if chain.row == row]:
-                del chains[number]
+        for sharing in self._expected.values():
+            sharing.pop(row, None)
         replica = self._replicas.pop(row, None)
         if replica is not None:
             self._clear(replica)
@@ -167,12 +167,13 @@ class PrefixIndex:
 
     def _expire(self, now: float) -> None:
         while self._order and self._order[0][0] <= now:
-            _, first, number = self._order.popleft()
-            chains = self._expected.get(first)
-            if chains is not None:
-                chains.pop(number, None)
-                if not chains:
-                    del self._expected[first]
+            _, row, hashes = self._order.popleft()
+            for number in _powers(len(hashes)):
+                sharing = self._expected.get(hashes[number - 1])
+                if sharing is not None and sharing.get(row, hashes) is hashes:  # no later one in its place
+                    sharing.pop(row, None)
+                    if not sharing:
+                        del self._expected[hashes[number - 1]]
 
 
 def _rows(mask: int, num_rows: int) -> NDArray[np.bool_]:
@@ -181,9 +182,14 @@ def _rows(mask: int, num_rows: int) -> NDArray[np.bool_]:
     return np.unpackbits(octets, count=num_rows, bitorder="little").view(np.bool_)
 
 
-def _common(one: Hashes, other: Hashes) -> int:
-    """How many blocks two prompts begin with alike; their first ones are equal."""
-    low, high = 1, min(len(one), len(other))
+def _powers(length: int) -> list[int]:
+    """1, 2, 4... up to `length`."""
+    return [1 << exponent for exponent in range(length.bit_length())]
+
+
+def _common(one: Hashes, other: Hashes, least: int) -> int:
+    """How many blocks two prompts begin with alike; the first `least` are."""
+    low, high = least, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
         if one[middle - 1] == other[middle - 1]:

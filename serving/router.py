@@ -8,6 +8,7 @@ what can be said at once in the reply, what has to wait on each Ingress's one st
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator
 
@@ -33,6 +34,7 @@ class RouterSetup(msgspec.Struct, frozen=True, kw_only=True):
     region: str  # where the Router stands
     deployments: tuple[str, ...]  # the ModelReplica deployments' names
     rtt_ms: dict[str, float]  # from here to each region
+    egress_ms: dict[str, float]  # what an answer from there costs, in time of a replica
     log_level: str
 
 
@@ -45,7 +47,14 @@ class Router:
         limits = DispatcherLimits(
             max_waiting_requests=setup.routing.max_waiting_requests, max_wait_s=setup.routing.max_wait_s
         )
-        self._dispatcher = Dispatcher(limits, setup.rtt_ms, block_tokens=setup.block_tokens)
+        self._dispatcher = Dispatcher(
+            limits,
+            setup.rtt_ms,
+            block_tokens=setup.block_tokens,
+            egress_ms=setup.egress_ms,
+            home=setup.region,
+            seed=secrets.randbits(32),
+        )
         self._answers: Outbox[RouteReply] = Outbox()
         application = application_name()
         self._replicas = [PinnedHandle(deployment, application) for deployment in setup.deployments]

@@ -18,11 +18,16 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def print_status(endpoint: str, key: str, console: Console) -> None:
+def fetch_status(endpoint: str, key: str) -> RouterStatus:
+    """What the Router tells now. Raises SearoomError with the server's words, or httpx.TransportError."""
     response = httpx.get(f"{endpoint}/status", headers={"Authorization": f"Bearer {key}"}, timeout=10.0)
     if response.status_code != 200:
-        raise SearoomError(response.json()["error"]["message"])
-    status = msgspec.json.decode(response.content, type=RouterStatus)
+        raise SearoomError(_message(response))
+    return msgspec.json.decode(response.content, type=RouterStatus)
+
+
+def print_status(endpoint: str, key: str, console: Console) -> None:
+    status = fetch_status(endpoint, key)
     waiting = sum(status.waiting.values())
     console.print(f"{endpoint}: {waiting} requests wait for headroom", highlight=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -60,3 +65,10 @@ def _print_needed(status: RouterStatus, console: Console) -> None:
         here = tuple(load for load in loads if load.region == region)
         needed = replicas_needed(Demand(loads=here))
         console.print(f"{region}: {len(here)} replicas, {needed.n} needed: {needed.why}", highlight=False)
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, TypeError, KeyError):  # not from Searoom: Serve itself, while the application starts
+        return f"the server answered {response.status_code} {response.reason_phrase}"

