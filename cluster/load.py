@@ -69,6 +69,8 @@ class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
     decode_kv_tokens: int  # context tokens of the sequences now decoding
     step: StepCoefficients
     max_step_tokens: int
+    max_num_seqs: int  # sequences that run at one time at most
+    num_observations: int  # timed steps that `step` is learned from
     draining: bool = False
 
     @property

@@ -25,6 +25,7 @@ from serving.errors import ConfigError, SearoomError
 from serving.host import findings, read_host
 from serving.status import print_status
 from serving.up import KEY_VARIABLE, UpOptions, run_up
+from serving.watch import watch
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 # A pipe has no width of its own, and `status` is a wide table.
@@ -49,6 +50,12 @@ def up(
     tpot_ms: Annotated[
         float | None, typer.Option(min=1, help="Keep a stream's mean time a token within this.")
     ] = None,
+    mock_engine: Annotated[
+        bool, typer.Option("--mock-engine", help="Serve made-up tokens, without the model's weights.")
+    ] = False,
+    mock_step_ms: Annotated[
+        float | None, typer.Option(min=0, help="With it: a step's least milliseconds. Default: 20.")
+    ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="HTTP port of the endpoint.")] = 8000,
     dashboard_port: Annotated[int, typer.Option(min=1, max=65535)] = 8265,
     address: Annotated[str | None, typer.Option(help="Join this Ray cluster; do not start one.")] = None,
@@ -69,6 +76,8 @@ def up(
             dtype=dtype,
             kv_blocks=kv_blocks,
             tpot_ms=tpot_ms,
+            mock_engine=mock_engine,
+            mock_step_ms=mock_step_ms,
             port=port,
             dashboard_port=dashboard_port,
             address=address,
@@ -97,9 +106,18 @@ def down() -> None:
 
 
 @app.command()
-def status(api_key: KeyOption = None) -> None:
+def status(
+    api_key: KeyOption = None,
+    live: Annotated[
+        bool, typer.Option("--watch", help="Regions' room, queue and speed, each second until Ctrl-C.")
+    ] = False,
+) -> None:
     """Show regions, replicas, KV headroom, requests in flight, and the replicas needed."""
-    print_status(_serving().endpoint, api_key or load_key(), console)
+    cluster, key = _serving(), api_key or load_key()
+    if live:
+        watch(cluster.endpoint, key, cluster.alive, console)
+    else:
+        print_status(cluster.endpoint, key, console)
 
 
 @app.command()

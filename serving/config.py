@@ -13,10 +13,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from cluster.load import StepCoefficients
 from cluster.regions import ClusterMap
 from serving.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
+Milliseconds = Annotated[float, Field(ge=0)]
 DEFAULT_REGION = "local"
 
 
@@ -31,6 +33,27 @@ class ModelConfig(_Frozen):
     source: str = "embedded"
     name: str | None = None  # the id clients use; default: the model's own
     dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+
+
+class MockEngineConfig(_Frozen):
+    """An engine without a model: `serving.engine.mock_executor`. A step takes so many milliseconds:
+
+    base + per_token · tokens + per_kv_token · context tokens + per_logit · tokens drawn + per_pair · pairs.
+    """
+
+    base_ms: Milliseconds = 20.0
+    per_token_ms: Milliseconds = 0.1
+    per_kv_token_ms: Milliseconds = 0.0001
+    per_logit_ms: Milliseconds = 0.0
+    per_pair_ms: Milliseconds = 0.0
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()  # emitted in turn; default: common word pieces
+    mean_output_tokens: Annotated[float, Field(ge=1)] | None = None  # default: replies end by max_tokens only
+
+    @property
+    def step(self) -> StepCoefficients:
+        return StepCoefficients(
+            self.base_ms, self.per_token_ms, self.per_kv_token_ms, self.per_logit_ms, self.per_pair_ms
+        )
 
 
 class EngineConfig(_Frozen):
@@ -48,6 +71,20 @@ class EngineConfig(_Frozen):
     tpot_ms: Annotated[float, Field(gt=0)] | None = None  # keep a stream's mean time a token within this
     threads: Count | None = None  # a rank; default: cores // ranks on the node
     executor: str = "serving.engine.worker:Worker"  # what runs a step's tensors
+    mock: MockEngineConfig | None = None  # with it, nothing does
+
+    @model_validator(mode="after")
+    def _mock_stands_alone(self) -> EngineConfig:
+        if self.mock is not None and (self.tensor_parallel > 1 or self.device == "cuda"):
+            raise ValueError("mock: has one rank and needs no GPU; leave out tensor_parallel and device")
+        if self.mock is not None and "executor" in self.model_fields_set:
+            raise ValueError("mock: is an executor of its own; leave out executor")
+        return self
+
+    @property
+    def executor_path(self) -> str:
+        """The executor's module and name."""
+        return self.executor if self.mock is None else "serving.engine.mock_executor:MockExecutor"
 
 
 class RegionConfig(_Frozen):

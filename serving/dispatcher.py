@@ -21,7 +21,6 @@ import random
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from heapq import heappop, heappush
 
 import msgspec
 import numpy as np
@@ -226,20 +225,21 @@ class Dispatcher:
         for waiting in self._queue.expired(now):
             why = f"no replica had room within {now - waiting.since_s:.1f} s"
             answers.append((waiting.request.ingress_id, self._overloaded(waiting, why, now)))
-        heads = [(self._queue.place(head), head.lane) for head in self._queue.heads()]
         held: Bools | None = None
-        while heads:
-            _, lane = heappop(heads)
-            waiting = self._queue.head(lane)
+        lanes = {head.lane for head in self._queue.heads()}
+        while lanes:
+            # Looked for again each time: who was just served has moved back.
+            waiting = min((self._queue.head(lane) for lane in lanes), key=self._queue.place)
             answer = self._answer(waiting, held, now)
             if isinstance(answer, NoHeadroom):
                 serves = self._fleet.serving(waiting.request)
                 held = serves if held is None else held | serves
+                lanes.discard(waiting.lane)
                 continue
             self._queue.remove(waiting.request.request_id)
             answers.append((waiting.request.ingress_id, answer))
-            if lane in self._queue:
-                heappush(heads, (self._queue.place(self._queue.head(lane)), lane))
+            if waiting.lane not in self._queue:
+                lanes.discard(waiting.lane)
         return answers
 
     def _answer(self, waiting: Waiting, held: Bools | None, now: float) -> Route | Overloaded | NoHeadroom:

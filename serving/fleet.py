@@ -15,7 +15,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from cluster.load import ReplicaLoad
+from cluster.load import ReplicaLoad, StepCoefficients
 from serving.dispatch_book import DispatchBook, Tally
 from serving.messages import RouteRequest
 from serving.rates import Rate
@@ -23,6 +23,9 @@ from serving.routing import Bools, Candidates, Replicas, Traffic
 
 UNLISTED_REGION_RTT_MS = 100.0
 """A region whose round trip nobody gave is taken to be far, so it is used last."""
+
+FEW_STEPS = 64
+"""Timed steps after which a replica's own model is believed."""
 
 MAX_LANES = 1024  # kinds of requests for which the candidates are remembered
 
@@ -173,6 +176,7 @@ class Fleet:
             reuse=self._matched_blocks.per_s(now) / prompt_blocks if prompt_blocks > 0 else 0.0,
             mean_work_ms=mean_work_ms,
             others_per_s=max(0.0, submitted - routed) / max(1, len(self._members)),
+            per_replica_s=submitted / max(1, len(self._members)),
         )
 
     def serving(self, request: RouteRequest) -> Bools:
@@ -252,6 +256,17 @@ class Fleet:
             return "draining"
         return "doubted" if age_s > self._stale_after_s else "fresh"
 
+    def _step_of(self, load: ReplicaLoad) -> StepCoefficients:
+        """Its step-time model; of one that has hardly run yet, that of a like replica that has.
+
+        A prior that errs on the slow side would else keep it from ever being tried.
+        """
+        if load.num_observations >= FEW_STEPS:
+            return load.step
+        like = (known.load for known in self._known.values() if known.load.model == load.model)
+        most = max(like, key=lambda other: other.num_observations, default=load)
+        return most.step if most.num_observations >= FEW_STEPS else load.step
+
     def _take_row(self, load: ReplicaLoad) -> int:
         if not self._free_rows:
             self._grow()
@@ -279,7 +294,7 @@ class Fleet:
     def _work_out(self, known: _Known, tally: Tally) -> None:
         """A replica's row, from its report and what was dispatched since."""
         load, row, replicas = known.load, known.row, self._replicas
-        step = load.step
+        step = self._step_of(load)
         running = load.num_running + tally.num_counted
         backlog = load.prefill_backlog_tokens + tally.prompt_tokens
         chunk = max(1, load.max_step_tokens - running)
@@ -299,7 +314,8 @@ class Fleet:
         replicas.kv_token_ms[row] = step.per_kv_token_ms
         replicas.pair_ms[row] = step.per_pair_ms
         replicas.chunk_tokens[row] = chunk
-        replicas.running[row] = running
+        replicas.running[row] = running + load.num_waiting
+        replicas.seats[row] = load.max_num_seqs
         replicas.rtt_ms[row] = self._rtt_to(load.region)
         replicas.egress_ms[row] = self._egress_ms.get(load.region, 0.0)
 
@@ -308,7 +324,7 @@ def report_order(load: ReplicaLoad) -> tuple[int, int]:
     return (load.epoch, load.sequence)
 
 
-_INTEGERS = ("blocks_total", "room_blocks", "free_blocks", "chunk_tokens", "running")
+_INTEGERS = ("blocks_total", "room_blocks", "free_blocks", "chunk_tokens", "running", "seats")
 _FLOATS = ("wait_ms", "token_ms", "step_ms", "kv_token_ms", "pair_ms", "rtt_ms", "egress_ms")
 _ARRAYS = (*_INTEGERS, *_FLOATS)
 

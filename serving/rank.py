@@ -60,7 +60,7 @@ class Rank:
         self._identity = identity
         self._model = model
         self._config = engine
-        self._make_executor = _executor_factory(engine.executor)
+        self._make_executor = _executor_factory(engine.executor_path)
         self._executor: Any = None
         self._engine: Engine | None = None
         self._frames: Stream[StepFrame] = Stream()
@@ -105,6 +105,7 @@ class Rank:
                 world_size=identity.world_size,
                 rendezvous=rendezvous,
                 num_threads=config.threads or max(1, (os.cpu_count() or 1) // identity.ranks_on_node),
+                mock=config.mock,
             )
         )
         if identity.rank > 0:

@@ -11,20 +11,23 @@ evictable the moment they are used. Admissible replicas have headroom >= 0.
 
 Among them the least milliseconds win, and all of them are the same milliseconds, so nothing is weighted:
 
-    wait   = what is under way there + its prefill backlog            until the first chunk can run
+    wait   = what is under way + prefill backlog + wait for a seat    until the first chunk can run
     work   = uncached tokens * T(chunk) / chunk + the context that they read again
     own    = round trip + wait + work                                 the request's time to first token
-    later  = work * u / (1 - u)           that much longer wait those who come after: u is the busy share
-    decode = running * (work - steps * T(no prefill))                 the slow-down of those who decode
+    later  = work * rate * (wait + work) / (1 - u)                    of those who come while it is busy
+    decode = running * (work - steps * T(no prefill)) / new tokens    of those who decode, a token
     evict  = evicted blocks * reuse * T(chunk) / chunk                work that is done again for others
     score  = own + later + decode + evict + egress
 
-`T` is the replica's own step-time model, `u` and `reuse` (the share of prompt blocks found cached) are
-measured. `later` is what a millisecond of work costs a queue of that utilisation: at low load the
-nearest idle replica wins, near saturation the one that saves work does. What every candidate has
-cached cancels out. Scores that differ by less than their noise are equal: of two equal ones drawn at
-random, the one with more room wins, so that a burst, or routers that know nothing of each other, spread.
-Noise grows with a report's age, by the work that others have been seen to bring there.
+`T` is the replica's own step-time model; `rate` (requests that come to a replica), `u` (the share of its
+time that prefill takes) and `reuse` (the share of prompt blocks found cached) are measured. `later` is
+the externality of work in a queue (Haviv and Ritov 1998): all who come before the replica has caught up,
+`(wait + work) / (1 - u)` from now, wait that much longer. At low load the nearest idle replica wins, near
+saturation the one that saves work does. What every candidate has cached cancels out.
+
+Scores that differ by less than their noise are equal: of two equal ones drawn at random, the one with
+more room wins, so that a burst, or routers that know nothing of each other, spread. Noise grows with a
+report's age, by the work that others have been seen to bring there.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ PERMANENT_RETRY_S = 0.0
 """What `retry_after_s` says where trying again cannot help."""
 
 MOST_BUSY = 0.95
-"""Beyond it the queue's growth, not its mean, decides: `later` is at most 19 times the work."""
+"""A replica that is busier catches up all the same: routers then hold requests back."""
 
 PREDICTION_ERROR = 0.05
 """Of the step-time model; scores closer than this part of their work are not told apart."""
@@ -67,7 +70,8 @@ class Replicas:
     kv_token_ms: Floats  # of a context token read
     pair_ms: Floats
     chunk_tokens: Ints
-    running: Ints
+    running: Ints  # sequences accepted and dispatched
+    seats: Ints  # sequences that run at one time at most
     rtt_ms: Floats
     egress_ms: Floats
 
@@ -91,6 +95,7 @@ class Traffic:
     reuse: float = 0.0
     mean_work_ms: float = 0.0
     others_per_s: float = 0.0  # requests that other Routers bring to a replica
+    per_replica_s: float = 0.0  # requests that come to a replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,7 @@ class NoHeadroom:
 class Scores:
     """The formula's sums: arrays [R] of ms."""
 
+    wait: Floats
     work: Floats
     own: Floats
     total: Floats
@@ -155,7 +161,7 @@ def pick(
         matched_blocks=int(matched_blocks[best]),
         predicted_ms=float(scores.own[best]),
         work_ms=float(scores.work[best]),
-        why=f"round trip {replicas.rtt_ms[best]:.0f} + wait {candidates.wait_ms[best]:.0f} + work "
+        why=f"round trip {replicas.rtt_ms[best]:.0f} + wait {scores.wait[best]:.0f} + work "
         f"{scores.work[best]:.0f} ms, {scores.total[best] - scores.own[best]:.0f} ms for others, "
         f"{headroom[best]} blocks left, best of {len(rivals)} with headroom",
     )
@@ -171,13 +177,16 @@ def score(
     steps = np.ceil(tokens / r.chunk_tokens)
     read_back = r.kv_token_ms * tokens * (steps + 1) / 2 + r.pair_ms * tokens * (prompt.tokens - tokens / 2)
     work = tokens * r.token_ms + read_back
-    own = r.rtt_ms + wait_ms + work
-    busy = min(traffic.busy, MOST_BUSY)
-    later = work * (busy / (1 - busy))
-    decode = r.running * np.maximum(0.0, work - steps * r.step_ms)
+    # Seats come free as answers end: one in so many steps of each sitter.
+    ahead = np.maximum(0, r.running + 1 - r.seats)
+    wait = wait_ms + ahead * (prompt.new_tokens * r.step_ms) / r.seats
+    own = r.rtt_ms + wait + work
+    idle = 1 - min(traffic.busy, MOST_BUSY)
+    later = work * (traffic.per_replica_s / 1000) * (wait + work) / idle
+    decode = r.running * np.maximum(0.0, work - steps * r.step_ms) / prompt.new_tokens
     evicted = np.maximum(0, prompt.demand_blocks - matched_blocks - r.free_blocks)
     evict = evicted * (traffic.reuse * prompt.block_tokens) * r.token_ms
-    return Scores(work, own, own + later + decode + evict + r.egress_ms)
+    return Scores(wait, work, own, own + later + decode + evict + r.egress_ms)
 
 
 def drain_ms(blocks: int, new_tokens: int, replicas: Replicas, serves: Bools) -> float | None:

@@ -55,6 +55,8 @@ class UpOptions:
     dtype: str | None = None
     kv_blocks: int | None = None
     tpot_ms: float | None = None
+    mock_engine: bool = False
+    mock_step_ms: float | None = None
     port: int = 8000
     dashboard_port: int = 8265
     address: str | None = None
@@ -77,6 +79,8 @@ def run_up(options: UpOptions, console: Console) -> None:
     os.environ.pop(KEY_VARIABLE, None)  # or every process of Ray would inherit the key
     config = merge(options, digest_of(key))
     _fetch_model(config.model.source, console)
+    if config.engine.mock is not None:
+        console.print("  mock engine: no model runs, answers are made-up words")
     plan = make_plan(config)
     _require_memory(plan)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's `&` would leave SIGINT ignored
@@ -112,6 +116,13 @@ def merge(options: UpOptions, key_digest: str) -> SearoomConfig:
     args: dict[str, Any] = base.model_dump(mode="json", exclude_unset=True)
     _set(args, "model", source=options.model, dtype=options.dtype)
     _set(args, "engine", tensor_parallel=options.tp, kv_blocks=options.kv_blocks, tpot_ms=options.tpot_ms)
+    if options.mock_engine:
+        _set(args, "engine", mock=args.get("engine", {}).get("mock") or {})
+    if options.mock_step_ms is not None:
+        mock = args.get("engine", {}).get("mock")
+        if mock is None:
+            raise ConfigError("--mock-step-ms: is of the mock engine; give --mock-engine too")
+        _set(args, "engine", mock={**mock, "base_ms": options.mock_step_ms})
     _set(args, "ingress", auth={"key_sha256": [key_digest]})
     replicas = options.replicas_per_region
     if options.regions:
@@ -214,7 +225,7 @@ def _require_free_port(port: int, flag: str) -> None:
 def _require_memory(plan: Plan) -> None:
     """An explicit KV pool must fit this machine, weights besides."""
     engine = plan.config.engine
-    if engine.kv_blocks is None or engine.device != "cpu":
+    if engine.kv_blocks is None or engine.device != "cpu" or engine.mock is not None:
         return
     replicas = sum(region.replicas for region in plan.config.regions)
     value_bytes = 4 if plan.config.dtype == "float32" else 2

@@ -22,12 +22,14 @@ PACKAGE_IMPORTS = {
 # inside serving, top to bottom: a layer imports itself and what is below, never what is above
 COMPOSITION, DEPLOYMENT, PARTS, ENGINE, MODELS, FOUNDATION = range(6)
 ROOMS = {
-    COMPOSITION: {"__main__", "app", "cli", "chat", "deploy", "doctor", "status", "up", "running", "bench"},
+    COMPOSITION: {
+        "__main__", "app", "cli", "chat", "deploy", "doctor", "status", "up", "running", "watch", "bench",
+    },
     DEPLOYMENT: {"ingress", "router", "replica"},
     PARTS: {
         "completions", "dispatch_book", "dispatcher", "fleet", "gateway", "generation", "gpu_watch", "links",
-        "load_reporter", "rank", "rank_group", "request_log", "responses",
-        "router_link", "routing", "wait_queue",
+        "load_reporter", "output_lengths", "prefix_index", "rates", "rank", "rank_group", "region_records",
+        "request_log", "responses", "router_link", "routing", "simulator", "wait_queue",
     },
     ENGINE: {"engine"},
     MODELS: {"models"},
@@ -55,6 +57,7 @@ LIBRARY_WALLS = {
     },
     "starlette": {"serving.gateway", "serving.responses"},
     "fastapi": set(),
+    "aiohttp": {"serving.bench.load.client"},
     "transformers": {"serving.gguf_tokenizer", "serving.bench.engine.peer_transformers"},
     "pickle": set(),
     "cloudpickle": set(),

@@ -207,7 +207,9 @@ class Engine:
             epoch=self._identity.epoch,
             sequence=self._last_report,
             step=self._step_time.coefficients,
+            num_observations=self._step_time.num_observations,
             max_step_tokens=self._scheduler.limits.max_step_tokens,
+            max_num_seqs=self._scheduler.limits.max_num_seqs,
             draining=self._is_draining,
         )
 

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.config import MockEngineConfig
 from serving.engine.machine import Machine
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.model_spec import ModelSpec
@@ -41,10 +42,11 @@ class ExecutorOptions:
     world_size: int = 1
     rendezvous: str | None = None
     num_threads: int = 1
+    mock: MockEngineConfig | None = None  # for `mock_executor` alone
 
 
 class Executor(Protocol):
-    """Runs a step on every rank. `Worker` is the real one; tests use a fake."""
+    """Runs a step on every rank. `Worker` is the real one, `MockExecutor` has no model; tests use a fake."""
 
     @property
     def num_blocks(self) -> int:

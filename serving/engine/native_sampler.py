@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from serving.engine.plan import SamplingBatch
-from serving.engine.sampler import uniform
+from serving.engine.uniform import uniform
 
 
 def sample_native(

@@ -44,14 +44,15 @@ class StepShape:
 
     @classmethod
     def of(cls, step: ScheduledStep) -> StepShape:
-        return cls(
-            tokens=sum(chunk.num_tokens for chunk in step.chunks),
-            kv_tokens=sum(chunk.end for chunk in step.chunks),
-            num_logits=sum(chunk.wants_token for chunk in step.chunks),
-            attention_pairs=sum(
-                chunk.num_tokens * (chunk.start + chunk.num_tokens / 2) for chunk in step.chunks
-            ),
-        )
+        tokens = kv_tokens = num_logits = 0
+        attention_pairs = 0.0
+        for chunk in step.chunks:
+            new_tokens = chunk.num_tokens
+            tokens += new_tokens
+            kv_tokens += chunk.start + new_tokens
+            num_logits += chunk.wants_token
+            attention_pairs += new_tokens * (chunk.start + new_tokens / 2)
+        return cls(tokens, kv_tokens, num_logits, attention_pairs)
 
 
 def step_flops(spec: ModelSpec, shape: StepShape) -> float:

@@ -30,6 +30,8 @@ def a_load(**changes: object) -> ReplicaLoad:
         decode_kv_tokens=0,
         step=StepCoefficients(10.0, 0.07, 0.0),
         max_step_tokens=8192,
+        max_num_seqs=64,
+        num_observations=1000,
     )
     return msgspec.structs.replace(idle, **changes)
 

@@ -25,6 +25,8 @@ loads = st.builds(
     decode_kv_tokens=counts,
     step=st.builds(StepCoefficients, *[st.floats(0, 10)] * 3),
     max_step_tokens=counts,
+    max_num_seqs=counts,
+    num_observations=counts,
     draining=st.booleans(),
 )
 
@@ -76,4 +78,6 @@ def _load(free: int, evictable: int, reserved: int) -> ReplicaLoad:
         decode_kv_tokens=0,
         step=StepCoefficients(1.0, 0.0, 0.0),
         max_step_tokens=512,
+        max_num_seqs=64,
+        num_observations=1000,
     )

@@ -16,8 +16,14 @@ import httpx
 import openai
 import psutil
 import pytest
+from ray._private.ray_constants import ENABLE_RAY_CLUSTERS_ENV_VAR
 
 START_TIMEOUT_S = 180
+
+# The fleet of mock engines
+FLEET_REPLICAS = 4
+FLEET_BLOCKS = 400  # a replica
+FLEET_DEADLINE_S = 30.0  # of a request
 
 
 def free_port() -> int:
@@ -42,6 +48,12 @@ class Up:
     @property
     def headers(self) -> dict[str, str]:
         return {"Authorization": f"Bearer {self.key}"}
+
+    @property
+    def ray_environment(self) -> dict[str, str]:
+        """What another process needs to join the Ray cluster."""
+        token = str(self.state / "searoom" / "ray_token")
+        return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": token, ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
 
     def client(self, **options) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.endpoint}/v1", api_key=self.key, max_retries=0, **options)

@@ -5,7 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from clusters import start, stop
+from clusters import FLEET_BLOCKS, FLEET_DEADLINE_S, FLEET_REPLICAS, start, stop
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +47,15 @@ def two_regions(tmp_path_factory):
     up = start(tmp_path_factory.mktemp("two"), "--regions", "us-east,eu-west", "--kv-blocks", "200")
     yield up
     assert stop(up, signal.SIGTERM) == [], "processes are left after SIGTERM"
+
+
+@pytest.fixture(scope="module")
+def mock_fleet(tmp_path_factory):
+    """One region of four replicas with mock engines, whose steps are slow enough for streams to last."""
+    folder = tmp_path_factory.mktemp("fleet")
+    config = folder / "config.yaml"
+    config.write_text(f"ingress: {{request_timeout_s: {FLEET_DEADLINE_S}}}")
+    flags = ("--mock-engine", "--mock-step-ms", "40", "--kv-blocks", str(FLEET_BLOCKS))
+    up = start(folder, *flags, "--replicas-per-region", str(FLEET_REPLICAS), "--config", str(config))
+    yield up
+    assert stop(up) == [], "processes are left after Ctrl-C"

@@ -27,6 +27,8 @@ def a_load(replica_id: str = "r0", **changes: object) -> ReplicaLoad:
         decode_kv_tokens=0,
         step=StepCoefficients(5.0, 0.1, 0.0),
         max_step_tokens=512,
+        max_num_seqs=64,
+        num_observations=1000,
     )
     return msgspec.structs.replace(idle, **changes)
 

@@ -89,7 +89,8 @@ def test_the_score_is_the_documented_formula() -> None:
         blocks_free=10,
         blocks_evictable=900,
     )
-    scores, row = scores_of(load, Prompt(900, 60, BLOCK_TOKENS), 25, Traffic(busy=0.8, reuse=0.5))
+    traffic = Traffic(busy=0.8, reuse=0.5, per_replica_s=2.0)
+    scores, row = scores_of(load, Prompt(900, 60, BLOCK_TOKENS), 25, traffic)
     step_ms = 5.0 + 0.1 * 12 + 0.001 * 6000  # 12.2: a step with its decodes alone
     chunk_ms = step_ms + 0.1 * 500  # 500 prompt tokens fit beside 12 decodes
     wait = step_ms + chunk_ms + (step_ms + 0.1 * 200)
@@ -97,7 +98,8 @@ def test_the_score_is_the_documented_formula() -> None:
     assert scores.work[row] == pytest.approx(work)
     assert scores.own[row] == pytest.approx(75.0 + wait + work)
     evicted = 60 - 25 - 10  # blocks of the demand that are neither cached nor free
-    others = work * 0.8 / 0.2 + 12 * (work - step_ms) + evicted * 0.5 * BLOCK_TOKENS * chunk_ms / 500
+    later = work * 0.002 * (wait + work) / 0.2
+    others = later + 12 * (work - step_ms) / 60 + evicted * 0.5 * BLOCK_TOKENS * chunk_ms / 500
     assert scores.total[row] - scores.own[row] == pytest.approx(others)
 
 
@@ -118,14 +120,35 @@ def test_room_far_away_beats_no_room_near() -> None:
 
 
 def test_what_saves_work_wins_the_busier_the_fleet_is() -> None:
-    """40 ms of cached work lose to 60 ms less backlog while idle, and win at 80 %."""
+    """40 ms of cached work lose to 60 ms less backlog while idle, and win in a busy fleet."""
     cold = a_load("cold", step=PER_TOKEN_ONLY, blocks_total=1000, blocks_free=1000)
     warm = a_load(
         "warm", step=PER_TOKEN_ONLY, blocks_total=1000, blocks_free=1000, prefill_backlog_tokens=600
     )
     matched = {"warm": 25}
     assert chosen(a_request(500), cold, warm, matched=matched) == "cold"
-    assert chosen(a_request(500), cold, warm, matched=matched, traffic=Traffic(busy=0.8)) == "warm"
+    traffic = Traffic(busy=0.8, per_replica_s=10.0)
+    assert chosen(a_request(500), cold, warm, matched=matched, traffic=traffic) == "warm"
+
+
+def test_a_replica_without_a_seat_makes_wait_for_one() -> None:
+    """Blocks it has, but as many sequences as may run at once: the next sits when one of 64 has ended."""
+    full = a_load("full", num_running=64, decode_kv_tokens=100, step=StepCoefficients(5.0, 0.0, 0.0))
+    busy = a_load("busy", num_running=63, decode_kv_tokens=100, step=StepCoefficients(5.0, 0.0, 0.0))
+    assert chosen(a_request(), full, busy) == "busy"
+    prompt = Prompt(160, 64, BLOCK_TOKENS)
+    waits = [scores_of(load, prompt, 0, Traffic())[0].wait[0] for load in (full, busy)]
+    assert waits[0] - waits[1] == pytest.approx(64 * 5.0 / 64)
+
+
+def test_a_replica_that_has_hardly_run_is_judged_by_a_like_one() -> None:
+    """Its prior says 2 ms a token where its neighbours learned 0.1: it is tried nevertheless."""
+    slow = StepCoefficients(5.0, 2.0, 0.0)
+    new = a_load("new", step=slow, num_observations=3)
+    old = a_load("old", step=StepCoefficients(5.0, 0.1, 0.0), prefill_backlog_tokens=200)
+    assert chosen(a_request(), new, old) == "new"
+    told = a_load("new", step=slow, num_observations=500)
+    assert chosen(a_request(), told, old) == "old"
 
 
 def test_what_every_replica_has_cached_decides_nothing() -> None:
@@ -133,7 +156,8 @@ def test_what_every_replica_has_cached_decides_nothing() -> None:
     one, other = (a_load(name, step=PER_TOKEN_ONLY) for name in "ab")
     other = a_load("b", step=PER_TOKEN_ONLY, prefill_backlog_tokens=300)
     everywhere = {"a": 9, "b": 9}
-    assert chosen(a_request(), one, other, matched=everywhere, traffic=Traffic(busy=0.9)) == "a"
+    traffic = Traffic(busy=0.9, per_replica_s=10.0)
+    assert chosen(a_request(), one, other, matched=everywhere, traffic=traffic) == "a"
 
 
 def test_equal_scores_break_at_random_towards_room() -> None:
@@ -213,7 +237,7 @@ any_fleet = st.lists(
     max_size=12,
     unique_by=lambda drawn: drawn[0].replica_id,
 )
-any_traffic = st.builds(Traffic, busy=st.floats(0, 2), reuse=st.floats(0, 1))
+any_traffic = st.builds(Traffic, busy=st.floats(0, 2), reuse=st.floats(0, 1), per_replica_s=st.floats(0, 100))
 any_request = st.builds(
     a_request,
     st.integers(1, 2000),

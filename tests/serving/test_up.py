@@ -10,6 +10,7 @@ import yaml
 
 from serving.app import make_plan
 from serving.auth import digest_of
+from serving.config import MockEngineConfig
 from serving.errors import ConfigError
 from serving.up import UpOptions, _require_free_port, _require_memory, merge
 
@@ -62,6 +63,18 @@ def test_replicas_per_region_alone_keeps_the_files_regions(tmp_path):
     assert not config.routing.pretend_rtt
 
 
+def test_a_mock_engine_is_asked_for_by_a_flag_or_in_the_file(tmp_path):
+    """The flag alone takes the defaults; the file's own figures stay, but for the one that a flag names."""
+    assert merge(UpOptions(), DIGEST).engine.mock is None
+    assert merge(UpOptions(mock_engine=True), DIGEST).engine.mock == MockEngineConfig()
+    path = written(tmp_path, engine={"mock": {"base_ms": 3, "mean_output_tokens": 50}})
+    assert merge(UpOptions(config=path), DIGEST).engine.mock.base_ms == 3
+    both = merge(UpOptions(config=path, mock_engine=True, mock_step_ms=7), DIGEST).engine.mock
+    assert (both.base_ms, both.mean_output_tokens) == (7, 50)
+    with pytest.raises(ConfigError, match="give --mock-engine"):
+        merge(UpOptions(mock_step_ms=7), DIGEST)
+
+
 @pytest.mark.parametrize(("tp", "replicas"), [(1, 2), (3, 1), (3, 50)])
 def test_ranks_on_one_machine_share_its_cores(tp, replicas):
     """Together they use no more threads than there are cores, and each has one at least."""
@@ -84,6 +97,7 @@ def test_threads_are_left_alone_where_they_are_given_or_the_cores_are_not_ours(t
         (UpOptions(regions=("a", "a")), "names a region twice"),
         (UpOptions(regions=("US East",)), "regions.0.name"),
         (UpOptions(dtype="int4"), "model.dtype"),
+        (UpOptions(mock_engine=True, tp=3), "mock: has one rank"),
     ],
 )
 def test_a_flag_that_cannot_be_met_is_named(options, said):
@@ -115,4 +129,6 @@ def test_a_pool_larger_than_memory_is_refused_with_what_would_fit(embedded_model
     at_most = int(str(refused.value).split("at most ")[1].split()[0])
     assert at_most == pytest.approx(free / spec_bytes / 2, rel=0.1)
     _require_memory(make_plan(merge(UpOptions(kv_blocks=at_most // 2, replicas_per_region=2), DIGEST)))
+    mock = UpOptions(kv_blocks=too_many, replicas_per_region=2, mock_engine=True)
+    _require_memory(make_plan(merge(mock, DIGEST)))  # counts blocks, and keeps nothing in them
     _require_memory(make_plan(merge(UpOptions(), DIGEST)))  # measured, so it fits by itself

@@ -25,7 +25,7 @@ def replica(name, region, *, free, evictable, reserved, dispatched=0, state="fre
         replica_id=name, model="m", region=region, epoch=1, sequence=1, last_submission=0,
         blocks_total=100, blocks_free=free, blocks_evictable=evictable, blocks_reserved=reserved,
         num_running=3, num_waiting=1, prefill_backlog_tokens=50, decode_kv_tokens=0,
-        step=StepCoefficients(1.0, 1.0, 0.0), max_step_tokens=64,
+        step=StepCoefficients(1.0, 1.0, 0.0), max_step_tokens=64, max_num_seqs=64, num_observations=0,
     )  # fmt: skip
     return ReplicaStatus(
         load=load, state=state, age_s=0.1, rtt_ms=7.0, num_in_flight=4, dispatched_blocks=dispatched

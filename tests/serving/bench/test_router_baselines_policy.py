@@ -41,6 +41,8 @@ LOAD = ReplicaLoad(
     decode_kv_tokens=0,
     step=STEP,
     max_step_tokens=512,
+    max_num_seqs=64,
+    num_observations=1000,
 )
 
 

@@ -33,6 +33,8 @@ IDLE = ReplicaLoad(
     decode_kv_tokens=0,
     step=StepCoefficients(1.0, 0.0, 0.0),
     max_step_tokens=512,
+    max_num_seqs=64,
+    num_observations=1000,
 )
 
 

@@ -10,7 +10,7 @@ from serving.engine import native_sampler, sampler
 from serving.engine.native_sampler import sample_native
 from serving.engine.plan import SamplingBatch
 from serving.engine.sampler import sample as sample_torch
-from serving.engine.sampler import uniform
+from serving.engine.uniform import uniform
 from tests.kernels.native_cases import built, needs_library
 
 
