@@ -104,6 +104,8 @@ class Dispatcher:
         Blocks which that undoing frees on the refuser reach others with its next report.
         """
         earlier = self._queue.remove(request.request_id) or self._undo(request.request_id)
+        for refusal in request.refusals:
+            self._fleet.refused(refusal, now)
         waiting = self._waiting(request, earlier.arrival if earlier else self._next_arrival(), now)
         if request.deadline_s <= now:
             return self._overloaded(waiting, "its deadline had passed when it came", now)

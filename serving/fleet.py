@@ -17,7 +17,7 @@ import numpy as np
 
 from cluster.load import ReplicaLoad, StepCoefficients
 from serving.dispatch_book import DispatchBook, Tally
-from serving.messages import RouteRequest
+from serving.messages import Refusal, RouteRequest
 from serving.rates import Rate
 from serving.routing import Bools, Candidates, Replicas, Traffic
 
@@ -108,6 +108,20 @@ class Fleet:
         self._is_draining[known.row] = load.draining
         self._changed.add(load.replica_id)
         return True
+
+    def refused(self, refusal: Refusal, now: float) -> None:
+        """A replica said what it has left: believed until its next report."""
+        known = self._known.get(refusal.replica_id)
+        if known is None:
+            return
+        available = known.load.blocks_free + known.load.blocks_evictable
+        known.load = msgspec.structs.replace(
+            known.load,
+            blocks_reserved=available - refusal.headroom_blocks,
+            prefill_backlog_tokens=refusal.backlog_tokens,
+        )
+        known.received_s = self._received_s[known.row] = now
+        self._changed.add(refusal.replica_id)
 
     def set_members(self, ids: AbstractSet[str]) -> frozenset[str]:
         """Take the running set; returns, and forgets, the replicas that left it."""

@@ -30,6 +30,7 @@ from serving.messages import (
     DispatchUpdate,
     FinishReason,
     Overloaded,
+    Refusal,
     Refused,
     Route,
     RouteRequest,
@@ -41,6 +42,7 @@ from serving.router_link import RouterLink
 
 ROUTER_RETRY_S = 0.1
 REPLICA_DIED = "the model replica that served this request died; send it again"
+MAX_BUSY_REFUSALS = 4  # then it is served wherever the Router says: who asks for ever is never served
 MAX_LOST_REPLICAS = 2  # a request whose replicas keep dying may be what kills them
 
 
@@ -72,6 +74,7 @@ class Generation:
     _link: ReplicaLink | None = None
     _num_submits: int = 0
     _num_lost: int = 0
+    _num_busy: int = 0
     _is_routing: bool = False  # the Router may hold it, queued or routed, and no replica has taken it
 
     async def run(self) -> AsyncGenerator[SequenceDelta]:
@@ -115,7 +118,12 @@ class Generation:
         try:
             reply = await link.submit(
                 msgspec.structs.replace(
-                    self.submit, request_id=self._submit_id, reserve_blocks=route.reserve_blocks
+                    self.submit,
+                    request_id=self._submit_id,
+                    reserve_blocks=route.reserve_blocks,
+                    max_backlog_tokens=route.max_backlog_tokens
+                    if self._num_busy < MAX_BUSY_REFUSALS
+                    else None,
                 )
             )
         except ReplicaGone:
@@ -138,6 +146,7 @@ class Generation:
             except ReplicaGone:  # a new Router is starting: pick waits until its stream is attached
                 await asyncio.sleep(ROUTER_RETRY_S)
                 continue
+            self.request = msgspec.structs.replace(self.request, refusals=())
             if isinstance(reply, Route):
                 return reply
             assert isinstance(reply, Overloaded)
@@ -150,7 +159,12 @@ class Generation:
         if reply.permanent:
             raise ContextLengthExceeded(reply.why, param="messages")
         self.refusals += 1
-        self._without(route.replica_id)
+        refusal = Refusal(route.replica_id, reply.headroom_blocks, reply.backlog_tokens)
+        self.request = msgspec.structs.replace(self.request, refusals=(refusal,))
+        if reply.is_busy:
+            self._num_busy += 1
+        else:
+            self._without(route.replica_id)
 
     def _lose_replica(self, route: Route | None = None) -> None:
         """Give up on a replica. Raises ReplicaLost when another must not be tried."""

@@ -37,6 +37,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
 
 
+class Refusal(msgspec.Struct, frozen=True, array_like=True):
+    """What a replica that refused a request said of itself: later than any report."""
+
+    replica_id: str
+    headroom_blocks: int
+    backlog_tokens: int
+
+
 class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What the Router may know of a request: sizes, hashes and limits, never text."""
 
@@ -50,7 +58,8 @@ class RouteRequest(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int
     block_hashes: tuple[bytes, ...] = ()
     allowed_regions: tuple[str, ...] = ()  # empty: any
-    refused_replicas: tuple[str, ...] = ()  # replicas that answered this request with Refused, or died
+    refused_replicas: tuple[str, ...] = ()  # replicas that have no room for this request, or died
+    refusals: tuple[Refusal, ...] = ()  # since it was last asked for
 
 
 class Route(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -64,6 +73,7 @@ class Route(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     predicted_ms: float  # until its first token
     why: str
     work_ms: float = 0.0  # of them, the prefill of what is not cached
+    max_backlog_tokens: int | None = None  # with more prefill before it, another replica is the better one
 
 
 class Queued(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -112,6 +122,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     reserve_blocks: int  # for the prompt and its expected growth, as if nothing matched; 0: only queue it
     hash_root: bytes  # root of the block-hash chain: model, weights, KV dtype and tenant salt
+    max_backlog_tokens: int | None = None  # refuse where more prefill waits: None: however much does
     priority: int = 0
     traceparent: str | None = None
 
@@ -124,11 +135,13 @@ class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """The replica cannot reserve what was asked. An answer, not a failure."""
+    """It cannot reserve what was asked, or is busier than the Router knew. An answer, not a failure."""
 
     request_id: str
     headroom_blocks: int
     why: str
+    backlog_tokens: int = 0  # of prefill that waits there
+    is_busy: bool = False  # it has the room: asked again without a limit it accepts
     permanent: bool = False  # larger than the whole pool, or than the model's context
 
 

@@ -51,6 +51,9 @@ PERMANENT_RETRY_S = 0.0
 MOST_BUSY = 0.95
 """A replica that is busier catches up all the same: routers then hold requests back."""
 
+ASK_AGAIN_MS = 20.0
+"""What a refusal costs beside the round trip, and a step's doubt: less is not worth it."""
+
 PREDICTION_ERROR = 0.05
 """Of the step-time model; scores closer than this part of their work are not told apart."""
 
@@ -161,6 +164,7 @@ def pick(
         matched_blocks=int(matched_blocks[best]),
         predicted_ms=float(scores.own[best]),
         work_ms=float(scores.work[best]),
+        max_backlog_tokens=_most_backlog(best, rivals, replicas, candidates, scores),
         why=f"round trip {replicas.rtt_ms[best]:.0f} + wait {scores.wait[best]:.0f} + work "
         f"{scores.work[best]:.0f} ms, {scores.total[best] - scores.own[best]:.0f} ms for others, "
         f"{headroom[best]} blocks left, best of {len(rivals)} with headroom",
@@ -209,6 +213,21 @@ def _choose(scores: Scores, rivals: Ints, headroom: Ints, noise_ms: Floats, rng:
         return int(first)
     one, other = rng.randrange(len(equals)), rng.randrange(len(equals))
     return int(max(equals[one], equals[other], key=lambda row: headroom[row]))
+
+
+def _most_backlog(
+    best: int, rivals: Ints, replicas: Replicas, candidates: Candidates, scores: Scores
+) -> int | None:
+    """The prefill at which the next best replica would be the better one, by more than its noise.
+
+    A view is old when it is used; the replica knows better, and says so (`Refused.is_busy`).
+    """
+    others = rivals[rivals != best]
+    if len(others) == 0:
+        return None
+    margin_ms = max(0.0, float(scores.total[others].min() - scores.total[best]))
+    noise_ms = candidates.noise_ms[best] + ASK_AGAIN_MS + replicas.rtt_ms[best]
+    return int((candidates.wait_ms[best] + margin_ms + noise_ms) / replicas.token_ms[best])
 
 
 def _too_large(request: RouteRequest, prompt: Prompt, most_blocks: int) -> Overloaded:

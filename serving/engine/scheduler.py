@@ -100,6 +100,11 @@ class Scheduler:
         cost, headroom = self._holdings.cost_blocks(sequence), self._headroom_blocks
         if sequence.reserve_blocks and cost > headroom:
             return self._refused(sequence, f"{cost} blocks are asked for, {headroom} are left")
+        most = sequence.max_backlog_tokens
+        if most is not None and (backlog := self._backlog_tokens()) > most:
+            return self._refused(
+                sequence, f"{backlog} prompt tokens wait, at most {most} were to", is_busy=True
+            )
         self._last_arrival += 1
         sequence.arrival = self._last_arrival
         sequence.accepted_s = now_s
@@ -195,7 +200,6 @@ class Scheduler:
 
     def load(self) -> LoadFigures:
         decoding = [len(s.token_ids) for s in self._running if s.is_decoding]
-        uncomputed = sum([len(s.token_ids) - s.num_computed for s in self._live.values()])
         return LoadFigures(
             last_submission=self._last_arrival,
             blocks_total=self.pool.num_blocks,
@@ -204,7 +208,7 @@ class Scheduler:
             blocks_reserved=self.pool.num_available - self._headroom_blocks,
             num_running=len(self._running),
             num_waiting=len(self._waiting),
-            prefill_backlog_tokens=uncomputed - len(decoding),
+            prefill_backlog_tokens=self._backlog_tokens(),
             decode_kv_tokens=sum(decoding),
         )
 
@@ -249,13 +253,22 @@ class Scheduler:
             return f"{tokens} prompt tokens are more than {self.pool.num_blocks} blocks can hold"
         return None
 
-    def _refused(self, sequence: Sequence, why: str, permanent: bool = False) -> Refused:
+    def _refused(
+        self, sequence: Sequence, why: str, *, permanent: bool = False, is_busy: bool = False
+    ) -> Refused:
         return Refused(
             request_id=sequence.request_id,
             headroom_blocks=self._headroom_blocks,
+            backlog_tokens=self._backlog_tokens(),
             why=why,
             permanent=permanent,
+            is_busy=is_busy,
         )
+
+    def _backlog_tokens(self) -> int:
+        """Tokens that wait for their prefill."""
+        decoding = sum(sequence.is_decoding for sequence in self._running)
+        return sum([len(s.token_ids) - s.num_computed for s in self._live.values()]) - decoding
 
     def _admit_next(self, max_running: int) -> Sequence | None:
         """Move the head of the line to running, with blocks for its known tokens; None if it must wait.

@@ -56,6 +56,7 @@ class Sequence:
     priority: int
     block_tokens: int
     sampling_row: bytes  # `sampling` as a SAMPLING_ROW
+    max_backlog_tokens: int | None = None  # it was sent here in the belief that no more prefill waits
 
     token_ids: array[int] = field(default_factory=_ints)  # int32, prompt and outputs
     block_hashes: list[bytes] = field(default_factory=list)  # of every full block of token_ids
@@ -83,6 +84,7 @@ class Sequence:
             sampling=submit.sampling,
             hash_root=submit.hash_root,
             reserve_blocks=submit.reserve_blocks,
+            max_backlog_tokens=submit.max_backlog_tokens,
             priority=submit.priority,
             block_tokens=block_tokens,
             sampling_row=_sampling_row(submit.sampling),

@@ -46,13 +46,21 @@ class SimSequence(Sequence):
     prompt_blocks: int
 
     @classmethod
-    def of(cls, request: SimRequest, request_id: str, reserve_blocks: int, block_tokens: int) -> SimSequence:
+    def of(
+        cls,
+        request: SimRequest,
+        request_id: str,
+        reserve_blocks: int,
+        max_backlog_tokens: int | None,
+        block_tokens: int,
+    ) -> SimSequence:
         sequence = cls(
             request_id=request_id,
             prompt_tokens=request.prompt_tokens,
             sampling=SamplingParams(max_tokens=request.max_tokens, stop_token_ids=(STOP,)),
             hash_root=b"",
             reserve_blocks=reserve_blocks,
+            max_backlog_tokens=max_backlog_tokens,
             priority=request.priority,
             block_tokens=block_tokens,
             sampling_row=b"",

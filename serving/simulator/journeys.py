@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 
 from serving.engine.sequence import Sequence
-from serving.generation import MAX_LOST_REPLICAS, ROUTER_RETRY_S
+from serving.generation import MAX_BUSY_REFUSALS, MAX_LOST_REPLICAS, ROUTER_RETRY_S
 from serving.messages import (
     Accepted,
     DispatchUpdate,
     FinishReason,
     Overloaded,
     Queued,
+    Refusal,
     Route,
     RouteReply,
     RouteRequest,
@@ -32,7 +33,9 @@ from serving.simulator.replica import SimulatedReplica
 from serving.simulator.routers import Routers, SimulatedRouter
 
 
-def route_request(request: SimRequest, refused: tuple[str, ...] = ()) -> RouteRequest:
+def route_request(
+    request: SimRequest, refused: tuple[str, ...] = (), refusals: tuple[Refusal, ...] = ()
+) -> RouteRequest:
     """What Ingress would tell the Router of this request."""
     return RouteRequest(
         request_id=str(request.number),
@@ -45,6 +48,7 @@ def route_request(request: SimRequest, refused: tuple[str, ...] = ()) -> RouteRe
         max_tokens=request.max_tokens,
         block_hashes=request.block_hashes,
         refused_replicas=refused,
+        refusals=refusals,
     )
 
 
@@ -52,9 +56,9 @@ class Journey:
     """One request under way, and in the end what became of it."""
 
     __slots__ = (
-        "attempt", "cached_tokens", "first_token_s", "last_token_s", "num_lost", "num_preemptions",
-        "num_refusals", "num_submits", "outcome", "output_tokens", "queue_s", "refused", "replica", "request",
-        "router", "sequence", "travel_s", "was_routed",
+        "attempt", "busy", "cached_tokens", "first_token_s", "last_token_s", "num_lost", "num_preemptions",
+        "num_refusals", "num_submits", "outcome", "output_tokens", "queue_s", "refusals", "refused",
+        "replica", "request", "router", "sequence", "travel_s", "was_routed",
     )  # fmt: skip
 
     def __init__(self, request: SimRequest) -> None:
@@ -63,6 +67,8 @@ class Journey:
         self.replica: SimulatedReplica | None = None  # that accepted it last
         self.sequence: Sequence | None = None  # on that replica, while it is there
         self.refused: tuple[str, ...] = ()
+        self.refusals: tuple[Refusal, ...] = ()
+        self.busy = 0  # replicas that were busier than the router knew
         self.attempt = 0  # changes with every question: older answers are not for it any more
         self.was_routed = False  # the Router may hold it, and no replica has taken it
         self.num_submits = self.num_lost = self.num_refusals = 0
@@ -123,7 +129,8 @@ class Journeys:
         if not router.is_alive:
             self._ask_again(journey, now + self._hop_s(journey) + ROUTER_RETRY_S)
             return
-        request = route_request(journey.request, journey.refused)
+        request = route_request(journey.request, journey.refused, journey.refusals)
+        journey.refusals = ()
         router.ask(request, lambda reply: self._answered(journey, attempt, reply), now)
 
     def _answered(self, journey: Journey, attempt: int, reply: RouteReply | None) -> None:
@@ -166,6 +173,7 @@ class Journeys:
             journey.request,
             f"{journey.request.number}#{journey.num_submits}",
             route.reserve_blocks,
+            route.max_backlog_tokens if journey.busy < MAX_BUSY_REFUSALS else None,
             self._setup.block_tokens,
         )
         self._on_replica[sequence] = journey
@@ -181,7 +189,11 @@ class Journeys:
             self._agenda.at(now + way_s, self._end, journey, REFUSED)
             return
         journey.num_refusals += 1
-        self._without(journey, replica)
+        journey.refusals = (Refusal(replica.spec.name, reply.headroom_blocks, reply.backlog_tokens),)
+        if reply.is_busy:
+            journey.busy += 1
+        else:
+            self._without(journey, replica)
         self._ask_again(journey, now + way_s)
 
     def _lose(self, journey: Journey, replica: SimulatedReplica) -> None:

@@ -51,6 +51,7 @@ class FakeReplica:
         self.running: dict[str, Submit] = {}
         self.aborts: list[str] = []
         self.refusals: list[Refused] = []  # answers to give before it decides by itself
+        self.is_busy = False
         self.gate = asyncio.Event()  # clear: a submit is neither decided nor answered
         self.gate.set()
         self.answering = asyncio.Event()  # clear: it is decided, and its answer is on its way
@@ -69,6 +70,10 @@ class FakeReplica:
     def refuse(self, times: int = 1, *, permanent: bool = False) -> None:
         refusal = Refused(request_id="", headroom_blocks=0, why="no room", permanent=permanent)
         self.refusals += [refusal] * times
+
+    def be_busy(self) -> None:
+        """From now on refuse whoever was sent in the belief of a short backlog."""
+        self.is_busy = True
 
     def say(self, request_id: str, *token_ids: int, finish: FinishReason | None = None) -> None:
         """One step's news of a request."""
@@ -123,6 +128,14 @@ class FakeReplica:
     def _decide(self, submit: Submit) -> SubmitReply:
         if self.refusals:
             return msgspec.structs.replace(self.refusals.pop(0), request_id=submit.request_id)
+        if self.is_busy and submit.max_backlog_tokens is not None:
+            return Refused(
+                request_id=submit.request_id,
+                headroom_blocks=self.blocks,
+                backlog_tokens=100_000,
+                why="busy",
+                is_busy=True,
+            )
         reserved = sum(one.reserve_blocks for one in self.running.values())
         if reserved + submit.reserve_blocks > self.blocks:
             room = self.blocks - reserved

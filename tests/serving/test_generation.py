@@ -14,7 +14,8 @@ from serving.errors import (
     ReplicaLost,
     ServerOverloaded,
 )
-from serving.messages import SequenceDelta
+from serving.generation import MAX_BUSY_REFUSALS
+from serving.messages import Refusal, SequenceDelta
 from tests.serving.fleet_fakes import FakeFleet, FakeReplica, eventually
 from tests.serving.generation_cases import a_replica, generation_of, say_three, tokens_of
 
@@ -41,6 +42,34 @@ async def test_a_refusal_leads_to_a_pick_without_the_refuser():
         assert await tokens_of(generation) == [7, 8, 9]
         assert [pick.refused_replicas for pick in fleet.router.picks] == [(), ("a",)]
         assert generation.route.replica_id == "b" and generation.refusals == 1
+
+
+async def test_a_replica_busier_than_the_router_knew_sends_the_request_on():
+    """Its figures reach the Router with the next question; it is not excluded, only seen as it is."""
+    a, b = a_replica("a"), a_replica("b")
+    a.be_busy()
+    async with FakeFleet(a, b) as fleet:
+        generation = generation_of(fleet.completions())
+        assert await tokens_of(generation) == [7, 8, 9]
+        first, second = fleet.router.picks
+        assert first.refusals == () and second.refused_replicas == ()
+        assert second.refusals == (Refusal("a", 100, 100_000),)
+        assert a.submits[0].max_backlog_tokens is not None
+        assert generation.route.replica_id == "b" and generation.refusals == 1
+
+
+async def test_a_request_that_busy_replicas_keep_refusing_is_served_in_the_end():
+    """After four such refusals it comes without a limit."""
+    a, b = a_replica("a"), a_replica("b")
+    a.be_busy()
+    b.be_busy()
+    async with FakeFleet(a, b) as fleet:
+        generation = generation_of(fleet.completions())
+        assert await tokens_of(generation) == [7, 8, 9]
+        assert generation.refusals == MAX_BUSY_REFUSALS
+        submits = [*a.submits, *b.submits]
+        assert len(submits) == MAX_BUSY_REFUSALS + 1
+        assert [submit.max_backlog_tokens for submit in submits].count(None) == 1
 
 
 async def test_refused_by_all_it_waits_and_is_served_when_there_is_room():

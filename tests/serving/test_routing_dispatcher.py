@@ -11,6 +11,7 @@ from serving.messages import (
     DispatchUpdate,
     Overloaded,
     Queued,
+    Refusal,
     Route,
     RouteReply,
     RouteRequest,
@@ -402,3 +403,28 @@ def test_reservations_follow_the_answers_that_ended() -> None:
     after = router.request(asking("after", max_tokens=400), NOW)
     assert isinstance(before, Route) and before.reserve_blocks == 10 + 25
     assert isinstance(after, Route) and 12 <= after.reserve_blocks <= 15
+
+
+def test_a_route_says_up_to_what_backlog_it_is_the_best() -> None:
+    """The other is 100 ms slower: beyond 1,000 tokens more, at 0.1 ms each, it would be the better one."""
+    step = StepCoefficients(0.0, 0.1, 0.0)
+    near = a_load("near", step=step, prefill_backlog_tokens=500)
+    far = a_load("far", step=step, prefill_backlog_tokens=1500)
+    route = a_router(near, far).request(asking("q"), NOW)
+    assert isinstance(route, Route) and route.replica_id == "near"
+    assert route.max_backlog_tokens is not None and 1500 <= route.max_backlog_tokens <= 1900
+    alone = a_router(near).request(asking("q"), NOW)
+    assert isinstance(alone, Route) and alone.max_backlog_tokens is None
+
+
+def test_what_a_refuser_said_is_believed_at_once() -> None:
+    """Busier than its report told, it loses the next pick; it is a candidate still, for it has room."""
+    step = StepCoefficients(0.0, 0.1, 0.0)
+    router = a_router(a_load("a", step=step), a_load("b", step=step, prefill_backlog_tokens=900))
+    first = routed(router.request(asking("q"), NOW))
+    assert first == "a"
+    refusal = Refusal("a", 100, 5000)
+    assert routed(router.request(asking("q", refusals=(refusal,)), NOW)) == "b"
+    assert routed(router.request(asking("p"), NOW)) == "b"
+    gone = Refusal("unknown", 1, 1)
+    assert routed(router.request(asking("r", refusals=(gone,)), NOW)) == "b"

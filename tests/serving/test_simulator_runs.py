@@ -45,7 +45,7 @@ def story(scheduler):
 
 def submit(scheduler, number, prompt_tokens, output_tokens, prefix):
     request = a_request(number, 0.0, prompt_tokens, output_tokens, prefix)
-    scheduler.reserve(SimSequence.of(request, str(number), 0, BLOCK_TOKENS), 0.0)
+    scheduler.reserve(SimSequence.of(request, str(number), 0, None, BLOCK_TOKENS), 0.0)
 
 
 @settings(max_examples=60, deadline=None)

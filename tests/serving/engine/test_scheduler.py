@@ -1,5 +1,6 @@
 """What the scheduler promises, on cases small enough to follow. Random traces: test_scheduler_traces."""
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -359,3 +360,18 @@ def test_a_plan_lays_out_each_sequence_as_plan_py_says():
     assert sampling.position.tolist() == [6] and sampling.seed.tolist() == [2**64 - 1]
     assert all(array.dtype == np.int32 for array in (plan.token_ids, plan.positions, plan.slot_mapping))
     assert harness.sequences["b"].state is SequenceState.RUNNING
+
+
+def test_one_that_was_sent_in_the_belief_of_less_backlog_is_refused_and_told():
+    """16 prompt tokens wait: a limit of 15 refuses, one of 16 or none accepts; decodes are no backlog."""
+    harness = Harness(num_blocks=64, max_step_tokens=16)
+    harness.submit(request("a", tuple(range(20, 36)), max_tokens=4))
+    asked = request("b", PROMPT, reserve_blocks=4)
+    refused = harness.submit(msgspec.structs.replace(asked, max_backlog_tokens=15))
+    assert isinstance(refused, Refused) and refused.is_busy and not refused.permanent
+    assert refused.backlog_tokens == 16
+    assert isinstance(harness.submit(msgspec.structs.replace(asked, max_backlog_tokens=16)), Accepted)
+    harness.step()
+    harness.step()
+    later = request("c", PROMPT, reserve_blocks=4)
+    assert isinstance(harness.submit(msgspec.structs.replace(later, max_backlog_tokens=0)), Accepted)
