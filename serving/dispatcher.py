@@ -118,7 +118,8 @@ class Dispatcher:
             )
         self._queue.add(waiting)
         queued = self._queued(waiting, now)
-        if queued.predicted_wait_ms > 1000 * (request.deadline_s - now):
+        # One that was routed before keeps its place: it was admitted, and then somebody was faster.
+        if earlier is None and queued.predicted_wait_ms > 1000 * (request.deadline_s - now):
             self._queue.remove(request.request_id)
             why = (
                 f"{answer.why}, and it would wait {queued.predicted_wait_ms / 1000:.1f} s, past its deadline"
@@ -350,7 +351,7 @@ class Dispatcher:
         )
 
     def _drain_ms(self, waiting: Waiting, blocks: int, now: float) -> float | None:
-        request = waiting.request
+        request = msgspec.structs.replace(waiting.request, refused_replicas=())  # they release blocks too
         traffic = self._fleet.traffic(now)
         replicas = self._fleet.replicas(self._book)
         serves = self._fleet.serving(request)

@@ -97,22 +97,23 @@ class OutputGrowth:
         ages = np.array([self._output_block(s) for s in sequences])
         growth = np.array([self._pool.blocks_for(s.sampling.max_tokens) for s in sequences]) - ages
         ahead = np.arange(self.HORIZON_BLOCKS)[:, None]  # [T, 1]; the sequences are [B]
-        survival = self._survival(ages[:num_running])
+        survival = self._survival(ages[:num_running], int(ages.max()) + 1)
         alive = survival[ages + ahead] / survival[ages] * (ahead <= growth)
         mean = (own + ahead) * alive
         variance = (own + ahead) * mean * (1 - alive)
         return float((mean.sum(axis=1) + self.DEVIATIONS * np.sqrt(variance.sum(axis=1))).max())
 
-    def _survival(self, running_ages: NDArray[np.int_]) -> Floats:
-        """By output block, followed by a horizon of zeros."""
-        size = len(self._ended)
+    def _survival(self, running_ages: NDArray[np.int_], num_ages: int) -> Floats:
+        """By output block: of the first `num_ages`, and the horizon of the last; zeros past any context."""
+        size = min(len(self._ended), num_ages + self.HORIZON_BLOCKS)
         # The block they are in counts as survived: to err that way leaves some room, else work is lost.
         still = np.bincount(running_ages, minlength=size)[::-1].cumsum()[::-1]
-        hazard = (self._ended + self.PRIOR_WEIGHT * self._prior_hazard) / (
-            self._reached + still + self.PRIOR_WEIGHT
+        hazard = (self._ended[:size] + self.PRIOR_WEIGHT * self._prior_hazard) / (
+            self._reached[:size] + still + self.PRIOR_WEIGHT
         )
         alive = np.concatenate(([1.0], 1 - hazard[:-1])).cumprod()
-        return np.concatenate((np.maximum(alive, 1e-12), np.zeros(self.HORIZON_BLOCKS)))
+        missing = num_ages + self.HORIZON_BLOCKS - size
+        return np.concatenate((np.maximum(alive, 1e-12), np.zeros(missing)))
 
     def _output_block(self, sequence: Sequence) -> int:
         """Which block of its output the sequence is in, counted from 0."""

@@ -57,6 +57,8 @@ class SimReplica:
     max_step_tokens: int
     max_num_seqs: int
     max_context_tokens: int = 1 << 17
+    step_noise: tuple[float, ...] = ()
+    """The n-th step takes so many times what `step` says, from the first again after the last."""
 
 
 @dataclass(frozen=True)

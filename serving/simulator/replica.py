@@ -11,6 +11,7 @@ replica as it is at the end of a step.
 from __future__ import annotations
 
 import math
+from itertools import cycle
 from typing import Protocol, cast
 
 import msgspec
@@ -54,7 +55,8 @@ class SimulatedReplica:
         self.num_steps = self.num_run_steps = 0
         self._agenda = agenda
         self._events = events
-        self._fast_forward = setup.fast_forward
+        self._fast_forward = setup.fast_forward and not spec.step_noise
+        self._noise = cycle(spec.step_noise or (1.0,))
         self._decode_report_s = setup.decode_report_s
         limits = SchedulerLimits(spec.max_num_seqs, spec.max_step_tokens, spec.max_context_tokens)
         self._scheduler = SimScheduler(BlockPool(spec.num_blocks, setup.block_tokens), limits)
@@ -143,7 +145,7 @@ class SimulatedReplica:
         seconds = (
             self.spec.step.predict_ms(shape.tokens, shape.kv_tokens, shape.num_logits, shape.attention_pairs)
             / 1e3
-        )
+        ) * next(self._noise)
         self.busy_s += seconds
         self.num_steps += 1
         self.num_preemptions += step.num_preemptions

@@ -1,14 +1,281 @@
-"""The simulator beside the real engine."""
+"""The simulator beside the real engine, on this machine.
+
+    rehearse ──learned steps──► requests at a load ──► play, in real time ──► times ─┐
+                  └───────────────────────────────────► simulate ──────────► times ─┴─► verdicts
+
+Each of two replicas is a process on a core of its own; Ingress, Router and this program share the two.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
+import msgspec
+import numpy as np
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
+from cluster.load import StepCoefficients
+from serving.bench.engine.report import Verdict
+from serving.bench.router.calibration_figures import (
+    RunTimes,
+    StepFit,
+    fit_of,
+    measured_ms,
+    median_of,
+    predicted_ms,
+    ratio,
+    real_times,
+    simulated_times,
+    verdicts_of,
+)
+from serving.bench.router.calibration_fleet import Serve, play, rehearse, started
+from serving.bench.router.calibration_load import PLAN, poisson, real_requests, scaled_to
+from serving.bench.router.calibration_replica import REGION, Learned, ReplicaOptions, main
+from serving.bench.router.generated import GeneratorPlan
+from serving.bench.router.policies import searoom
 from serving.errors import ConfigError
+from serving.simulator import SimReplica, SimRequest, SimSetup, simulate
+
+LOAD = 0.7  # of the fleet's capacity by the learned steps
+REHEARSAL_S = 40.0
+WIDTHS = (4, 1, 12, 2, 16, 6, 3, 8)
+NUM_SIMULATIONS = 9
+"""Differently drawn noise; the median of each figure counts."""
+
+REPORT_S = 0.05  # how often a busy replica reports
+
+Say = Callable[[str], None]
+Progressed = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    replicas: tuple[ReplicaOptions, ...]
+    workload: GeneratorPlan = PLAN
+    load: float = LOAD
+    rehearsal_s: float = REHEARSAL_S
+    widths: tuple[int, ...] = WIDTHS
+    num_simulations: int = NUM_SIMULATIONS
+    seed: int = 0
+
+
+class ReplicaSteps(msgspec.Struct, frozen=True, kw_only=True):
+    """A replica's steps: as they were learned, and how the run's own compare with that."""
+
+    name: str
+    step: StepCoefficients
+    num_rehearsed: int
+    pause_ms: float
+    median_error: float
+    noise_p99: float
+    num_run: int
+    run_over_rehearsed: float
+    """Milliseconds of the run's steps over what was foretold of them: a machine's change meanwhile."""
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that was found."""
+
+    date: str
+    command: str
+    num_requests: int
+    span_s: float
+    notes: tuple[str, ...]
+    replica_rtt_ms: float
+    router_hop_ms: float
+    replicas: tuple[ReplicaSteps, ...]
+    failures: tuple[str, ...]
+    real: RunTimes
+    simulated: RunTimes
+    without_noise: RunTimes
+    verdicts: tuple[Verdict, ...]
 
 
 def calibrate(console: Console, json_file: Path | None) -> None:
-    """Compare simulated times with the real engine's on this machine."""
-    raise ConfigError("--calibrate: this build has no calibration against the real engine")
+    """Compare simulated times with the real engine's on this machine; about four minutes.
+
+    Raises ConfigError where it cannot.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise ConfigError("--calibrate: needs two cores, one for each replica's engine")
+    plan = CalibrationPlan(
+        tuple(ReplicaOptions(name=f"replica-{number}", core=core) for number, core in enumerate(cores[:2]))
+    )
+    with _shown(console) as (say, progressed):
+        found = asyncio.run(measure(plan, say, progressed))
+    print_calibration(found, console)
+    if json_file is not None:
+        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+
+
+async def measure(
+    plan: CalibrationPlan, say: Say, progressed: Progressed, serve: Serve = main
+) -> Calibration:
+    """Rehearse, play, simulate."""
+    block_tokens = plan.replicas[0].block_tokens
+    say("loading the models")
+    async with started(plan.replicas, serve) as replicas:
+        facts = next(iter(replicas.facts.values()))
+        context_tokens = facts.context_tokens
+        say(f"learning steps of both, {plan.rehearsal_s:.0f} s")
+        await replicas.renew()
+        other = poisson(plan.workload, block_tokens, plan.seed + 1)
+        rtt_s = await rehearse(
+            replicas, real_requests(other.requests, facts, block_tokens), plan.rehearsal_s, plan.widths
+        )
+        learned = await replicas.renew()
+        fits = {name: fit_of(one) for name, one in learned.items()}
+        setup = _setup(plan, fits, context_tokens, rtt_ms=rtt_s * 1e3)
+        workload = scaled_to(poisson(plan.workload, block_tokens, plan.seed), setup, plan.load)
+        requests = workload.requests
+        real = real_requests(requests, facts, block_tokens)
+        say(f"real requests, {workload.span_s:.0f} s")
+        served = await play(replicas, searoom(0, setup), real, lambda ended: progressed(ended, len(requests)))
+        run = await replicas.renew()
+    hop_s = float(np.median([one.picked_s - one.arrival_s for one in served if one.failure is None]))
+    setup = replace(setup, router_hop_ms=hop_s * 1e3)
+    busy_s = [float(measured_ms(run[name].steps, fits[name].pause_ms).sum()) / 1e3 for name in fits]
+    times = real_times(requests, served, busy_s)
+    say("simulating")
+    simulated = [_simulated(_noisy(setup, fits, seed), requests) for seed in range(plan.num_simulations)]
+    median = median_of(simulated)
+    return Calibration(
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        command=f"python -m serving.bench {shlex.join(sys.argv[1:])}",
+        num_requests=len(requests),
+        span_s=workload.span_s,
+        notes=workload.notes,
+        replica_rtt_ms=rtt_s * 1e3,
+        router_hop_ms=hop_s * 1e3,
+        replicas=tuple(_steps(name, fits[name], run[name]) for name in fits),
+        failures=tuple(sorted({one.failure for one in served if one.failure is not None})),
+        real=times,
+        simulated=median,
+        without_noise=_simulated(setup, requests),
+        verdicts=verdicts_of(times, median),
+    )
+
+
+def _setup(
+    plan: CalibrationPlan, fits: dict[str, StepFit], context_tokens: int, *, rtt_ms: float
+) -> SimSetup:
+    """The real fleet, simulated."""
+    return SimSetup(
+        replicas=tuple(
+            SimReplica(
+                name=options.name,
+                region=REGION,
+                num_blocks=options.num_blocks,
+                step=fits[options.name].step,
+                max_step_tokens=options.max_step_tokens,
+                max_num_seqs=options.max_num_seqs,
+                max_context_tokens=context_tokens,
+            )
+            for options in plan.replicas
+        ),
+        block_tokens=plan.replicas[0].block_tokens,
+        rtt_ms={(REGION, REGION): rtt_ms},
+        seed=plan.seed,
+        decode_report_s=REPORT_S,
+    )
+
+
+def _noisy(setup: SimSetup, fits: dict[str, StepFit], seed: int) -> SimSetup:
+    """With the noise that was measured, begun somewhere else with each seed."""
+    rng = np.random.default_rng(seed)
+    replicas = []
+    for spec in setup.replicas:
+        noise = fits[spec.name].noise
+        start = int(rng.integers(len(noise)))
+        replicas.append(replace(spec, step_noise=(*noise[start:], *noise[:start])))
+    return replace(setup, replicas=tuple(replicas))
+
+
+def _simulated(setup: SimSetup, requests: Sequence[SimRequest]) -> RunTimes:
+    return simulated_times(requests, simulate(setup, requests, searoom))
+
+
+def _steps(name: str, fit: StepFit, run: Learned) -> ReplicaSteps:
+    measured, foretold = measured_ms(run.steps, fit.pause_ms), predicted_ms(run.steps, fit.step)
+    return ReplicaSteps(
+        name=name,
+        step=fit.step,
+        num_rehearsed=fit.num_steps,
+        pause_ms=fit.pause_ms,
+        median_error=fit.median_error,
+        noise_p99=float(np.quantile(fit.noise, 0.99)),
+        num_run=len(run.steps),
+        run_over_rehearsed=float(measured.sum() / foretold.sum()),
+    )
+
+
+def print_calibration(found: Calibration, console: Console) -> None:
+    """The figures, and what is to be known of them."""
+    for note in found.notes:
+        console.print(f"[dim]{note}[/]", highlight=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("figure")
+    for column in ("real", "simulated", "ratio", "target", "", "without noise"):
+        table.add_column(column, justify="right", no_wrap=True)
+    verdicts = {verdict.what: verdict for verdict in found.verdicts}
+    for name in RunTimes.__struct_fields__:
+        cells = [format(float(getattr(run, name)), ".4g") for run in (found.real, found.simulated)]
+        verdict = verdicts.get(name)
+        word = "" if verdict is None else "[green]pass[/]" if verdict.holds else "[red]FAIL[/]"
+        table.add_row(
+            name.replace("_", " "),
+            *cells,
+            format(ratio(found.real, found.simulated, name), ".3f"),
+            verdict.needed if verdict else "",
+            word,
+            format(float(getattr(found.without_noise, name)), ".4g"),
+        )
+    console.print(table)
+    for steps in found.replicas:
+        console.print(
+            f"{steps.name}: {steps.num_rehearsed} steps learned from, usual error {steps.median_error:.1%}, "
+            f"p99 of the noise {steps.noise_p99:.2f}, pause {steps.pause_ms:.2f} ms; in the run "
+            f"{steps.num_run} steps took {steps.run_over_rehearsed:.3f} times what was foretold",
+            highlight=False,
+        )
+    console.print(
+        f"{found.num_requests} requests in {found.span_s:.0f} s; to the Router and back "
+        f"{found.router_hop_ms:.2f} ms, to a replica and back {found.replica_rtt_ms:.2f} ms",
+        highlight=False,
+    )
+    for failure in found.failures:
+        console.print(f"[red]failed:[/] {failure}", highlight=False)
+
+
+@contextmanager
+def _shown(console: Console) -> Iterator[tuple[Say, Progressed]]:
+    """Drawn once a second at most, by whoever calls: a thread that redraws would disturb what is measured."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, auto_refresh=False, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        drawn_s = 0.0
+
+        def say(what: str) -> None:
+            progress.update(task, description=what)
+            progress.refresh()
+
+        def progressed(done: int, total: int) -> None:
+            nonlocal drawn_s
+            if time.monotonic() - drawn_s >= 1.0:
+                drawn_s = time.monotonic()
+                progress.update(task, completed=done, total=total)
+                progress.refresh()
+
+        yield say, progressed

@@ -1,4 +1,4 @@
-"""Requests that a small model can serve on a core, with the token ids that make their blocks what they say."""
+"""Requests that a small model can serve on a core, and token ids that make their blocks what they say."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def test_survival_is_learned_from_those_that_ended_and_those_that_go_on(mean_blo
         is_whole = length <= cut
         outputs = (min(length, cut) - 1) * BLOCK_TOKENS + 1 + (0 if is_whole else BLOCK_TOKENS)
         growth.observe(sequence_with(int(outputs)), is_whole)
-    survival = growth._survival(np.zeros(0, dtype=int))
+    survival = growth._survival(np.zeros(0, dtype=int), mean_blocks + 1)
     at = mean_blocks
     assert survival[at] == pytest.approx((1 - 1 / mean_blocks) ** at, abs=0.08)
 
