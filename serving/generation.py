@@ -42,6 +42,7 @@ from serving.router_link import RouterLink
 
 ROUTER_RETRY_S = 0.1
 REPLICA_DIED = "the model replica that served this request died; send it again"
+SUBMIT_PATIENCE_S = 5.0  # a live replica answers between two steps
 MAX_BUSY_REFUSALS = 4  # then it is served wherever the Router says: who asks for ever is never served
 MAX_LOST_REPLICAS = 2  # a request whose replicas keep dying may be what kills them
 
@@ -115,19 +116,24 @@ class Generation:
             self._without(route.replica_id)
             return
         self._num_submits += 1
+        is_choosy = self._num_busy < MAX_BUSY_REFUSALS
+        submit = msgspec.structs.replace(
+            self.submit,
+            request_id=self._submit_id,
+            reserve_blocks=route.reserve_blocks,
+            max_backlog_tokens=route.max_backlog_tokens if is_choosy else None,
+        )
         try:
-            reply = await link.submit(
-                msgspec.structs.replace(
-                    self.submit,
-                    request_id=self._submit_id,
-                    reserve_blocks=route.reserve_blocks,
-                    max_backlog_tokens=route.max_backlog_tokens
-                    if self._num_busy < MAX_BUSY_REFUSALS
-                    else None,
-                )
-            )
+            async with asyncio.timeout(SUBMIT_PATIENCE_S) as patience:
+                reply = await link.submit(submit)
         except ReplicaGone:
             self._lose_replica(route)
+            return
+        except TimeoutError:
+            if not patience.expired():
+                raise  # the request's own deadline
+            self._tell_lost(route)  # alive or not, it does not answer: what it may accept later is aborted
+            self._without(route.replica_id)
             return
         if isinstance(reply, Accepted):
             self.route, self._link, self._is_routing = route, link, False
@@ -174,9 +180,7 @@ class Generation:
         if self._link is not None:
             self._link.release(self._submit_id, abort=True)  # it may be alive after all
         self.route, self._link = None, None
-        self.router.tell(
-            DispatchUpdate(request_id=self.request.request_id, replica_id=gone.replica_id, outcome="lost")
-        )
+        self._tell_lost(gone)
         self._without(gone.replica_id)
         if self._num_lost >= MAX_LOST_REPLICAS:
             raise ReplicaLost(REPLICA_DIED)
@@ -232,6 +236,12 @@ class Generation:
         """Each attempt has an id of its own: an earlier one may linger on a replica thought dead."""
         request_id, again = self.request.request_id, self._num_submits
         return request_id if again <= 1 else f"{request_id}#{again}"
+
+    def _tell_lost(self, route: Route) -> None:
+        request_id = self.request.request_id
+        self.router.tell(
+            DispatchUpdate(request_id=request_id, replica_id=route.replica_id, outcome="lost")
+        )
 
     def _tell(self, outcome: Literal["accepted", "finished"], **more: Any) -> None:
         assert self.route is not None

@@ -68,7 +68,7 @@ def test_a_lone_request_stays_at_home_and_the_round_trip_is_known(up):
         up.client().chat.completions.create(model=up.model, messages=STORY, max_tokens=2)
     now = loads(up)
     assert now["eu-west"]["load"]["last_submission"] == before
-    assert now["eu-west"]["rtt_ms"] > 50 and now["us-east"]["rtt_ms"] == 0
+    assert now["eu-west"]["rtt_ms"] > 50 > now["us-east"]["rtt_ms"]  # as measured, calls and all
 
 
 async def test_a_killed_replica_is_avoided_at_once_and_comes_back(up):

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from serving import generation
 from serving.dispatcher import DispatcherLimits
 from serving.errors import (
     ContextLengthExceeded,
@@ -70,6 +71,20 @@ async def test_a_request_that_busy_replicas_keep_refusing_is_served_in_the_end()
         submits = [*a.submits, *b.submits]
         assert len(submits) == MAX_BUSY_REFUSALS + 1
         assert [submit.max_backlog_tokens for submit in submits].count(None) == 1
+
+
+async def test_a_replica_that_does_not_answer_is_given_up(monkeypatch):
+    """Stopped, not dead: another one serves; what the first accepts when it wakes up is aborted."""
+    monkeypatch.setattr(generation, "SUBMIT_PATIENCE_S", 0.05)
+    a, b = a_replica("a"), a_replica("b")
+    a.gate.clear()
+    async with FakeFleet(a, b) as fleet:
+        served = generation_of(fleet.completions())
+        assert await tokens_of(served) == [7, 8, 9]
+        assert served.route.replica_id == "b"
+        a.gate.set()
+        await eventually(lambda: a.aborts == [a.submits[0].request_id])
+        await eventually(lambda: fleet.num_held == 0)
 
 
 async def test_refused_by_all_it_waits_and_is_served_when_there_is_room():

@@ -14,19 +14,15 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
-from cluster.load import StepCoefficients
-from serving.bench.engine.report import Verdict
 from serving.bench.router.calibration_figures import (
     RunTimes,
     StepFit,
@@ -34,14 +30,15 @@ from serving.bench.router.calibration_figures import (
     measured_ms,
     median_of,
     predicted_ms,
-    ratio,
     real_times,
     simulated_times,
     verdicts_of,
 )
-from serving.bench.router.calibration_fleet import Serve, play, rehearse, started
+from serving.bench.router.calibration_fleet import play, rehearse, started
 from serving.bench.router.calibration_load import PLAN, poisson, real_requests, scaled_to
-from serving.bench.router.calibration_replica import REGION, Learned, ReplicaOptions, main
+from serving.bench.router.calibration_play import Served, play, rehearse
+from serving.bench.router.calibration_replica import REGION, Learned, ReplicaOptions
+from serving.bench.router.calibration_report import Calibration, ReplicaSteps, print_calibration, write_json
 from serving.bench.router.generated import GeneratorPlan
 from serving.bench.router.policies import searoom
 from serving.errors import ConfigError
@@ -70,38 +67,6 @@ class CalibrationPlan:
     seed: int = 0
 
 
-class ReplicaSteps(msgspec.Struct, frozen=True, kw_only=True):
-    """A replica's steps: as they were learned, and how the run's own compare with that."""
-
-    name: str
-    step: StepCoefficients
-    num_rehearsed: int
-    pause_ms: float
-    median_error: float
-    noise_p99: float
-    num_run: int
-    run_over_rehearsed: float
-    """Milliseconds of the run's steps over what was foretold of them: a machine's change meanwhile."""
-
-
-class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that was found."""
-
-    date: str
-    command: str
-    num_requests: int
-    span_s: float
-    notes: tuple[str, ...]
-    replica_rtt_ms: float
-    router_hop_ms: float
-    replicas: tuple[ReplicaSteps, ...]
-    failures: tuple[str, ...]
-    real: RunTimes
-    simulated: RunTimes
-    without_noise: RunTimes
-    verdicts: tuple[Verdict, ...]
-
-
 def calibrate(console: Console, json_file: Path | None) -> None:
     """Compare simulated times with the real engine's on this machine; about four minutes.
 
@@ -114,19 +79,22 @@ def calibrate(console: Console, json_file: Path | None) -> None:
         tuple(ReplicaOptions(name=f"replica-{number}", core=core) for number, core in enumerate(cores[:2]))
     )
     with _shown(console) as (say, progressed):
-        found = asyncio.run(measure(plan, say, progressed))
+        found = asyncio.run(measure(plan, started(plan.replicas), say, progressed))
     print_calibration(found, console)
     if json_file is not None:
-        json_file.write_bytes(msgspec.json.format(msgspec.json.encode(found)) + b"\n")
+        write_json(found, json_file)
 
 
 async def measure(
-    plan: CalibrationPlan, say: Say, progressed: Progressed, serve: Serve = main
+    plan: CalibrationPlan,
+    fleet: AbstractAsyncContextManager[PipedReplicas],
+    say: Say,
+    progressed: Progressed,
 ) -> Calibration:
     """Rehearse, play, simulate."""
     block_tokens = plan.replicas[0].block_tokens
     say("loading the models")
-    async with started(plan.replicas, serve) as replicas:
+    async with fleet as replicas:
         facts = next(iter(replicas.facts.values()))
         context_tokens = facts.context_tokens
         say(f"learning steps of both, {plan.rehearsal_s:.0f} s")
@@ -144,7 +112,7 @@ async def measure(
         say(f"real requests, {workload.span_s:.0f} s")
         served = await play(replicas, searoom(0, setup), real, lambda ended: progressed(ended, len(requests)))
         run = await replicas.renew()
-    hop_s = float(np.median([one.picked_s - one.arrival_s for one in served if one.failure is None]))
+    hop_s = _hop_s(served)
     setup = replace(setup, router_hop_ms=hop_s * 1e3)
     busy_s = [float(measured_ms(run[name].steps, fits[name].pause_ms).sum()) / 1e3 for name in fits]
     times = real_times(requests, served, busy_s)
@@ -166,6 +134,16 @@ async def measure(
         without_noise=_simulated(setup, requests),
         verdicts=verdicts_of(times, median),
     )
+
+
+def _hop_s(served: Sequence[Served]) -> float:
+    """From an arrival to its Route, of those that got one at once."""
+    hops_s = [
+        one.picked_s - one.arrival_s
+        for one in served
+        if one.failure is None and not one.was_queued and not one.refusals
+    ]
+    return float(np.median(hops_s)) if hops_s else 0.0
 
 
 def _setup(
@@ -219,44 +197,6 @@ def _steps(name: str, fit: StepFit, run: Learned) -> ReplicaSteps:
         num_run=len(run.steps),
         run_over_rehearsed=float(measured.sum() / foretold.sum()),
     )
-
-
-def print_calibration(found: Calibration, console: Console) -> None:
-    """The figures, and what is to be known of them."""
-    for note in found.notes:
-        console.print(f"[dim]{note}[/]", highlight=False)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("figure")
-    for column in ("real", "simulated", "ratio", "target", "", "without noise"):
-        table.add_column(column, justify="right", no_wrap=True)
-    verdicts = {verdict.what: verdict for verdict in found.verdicts}
-    for name in RunTimes.__struct_fields__:
-        cells = [format(float(getattr(run, name)), ".4g") for run in (found.real, found.simulated)]
-        verdict = verdicts.get(name)
-        word = "" if verdict is None else "[green]pass[/]" if verdict.holds else "[red]FAIL[/]"
-        table.add_row(
-            name.replace("_", " "),
-            *cells,
-            format(ratio(found.real, found.simulated, name), ".3f"),
-            verdict.needed if verdict else "",
-            word,
-            format(float(getattr(found.without_noise, name)), ".4g"),
-        )
-    console.print(table)
-    for steps in found.replicas:
-        console.print(
-            f"{steps.name}: {steps.num_rehearsed} steps learned from, usual error {steps.median_error:.1%}, "
-            f"p99 of the noise {steps.noise_p99:.2f}, pause {steps.pause_ms:.2f} ms; in the run "
-            f"{steps.num_run} steps took {steps.run_over_rehearsed:.3f} times what was foretold",
-            highlight=False,
-        )
-    console.print(
-        f"{found.num_requests} requests in {found.span_s:.0f} s; to the Router and back "
-        f"{found.router_hop_ms:.2f} ms, to a replica and back {found.replica_rtt_ms:.2f} ms",
-        highlight=False,
-    )
-    for failure in found.failures:
-        console.print(f"[red]failed:[/] {failure}", highlight=False)
 
 
 @contextmanager
