@@ -17,7 +17,8 @@ Among them the least milliseconds win, and all of them are the same milliseconds
     later  = work * rate * (wait + work) / (1 - u)                    of those who come while it is busy
     decode = running * (work - steps * T(no prefill)) / new tokens    of those who decode, a token
     evict  = evicted blocks * reuse * T(chunk) / chunk                work that is done again for others
-    score  = own + later + decode + evict + egress
+    move   = round trip * reuse / (1 - reuse)                         of the turns that will follow there
+    score  = own + later + decode + evict + move + egress
 
 `T` is the replica's own step-time model; `rate` (requests that come to a replica), `u` (the share of its
 time that prefill takes) and `reuse` (the share of prompt blocks found cached) are measured. `later` is
@@ -49,7 +50,7 @@ PERMANENT_RETRY_S = 0.0
 """What `retry_after_s` says where trying again cannot help."""
 
 MOST_BUSY = 0.95
-"""A replica that is busier catches up all the same: routers then hold requests back."""
+"""Shares above it are taken as this: a replica that is busier catches up all the same."""
 
 ASK_AGAIN_MS = 20.0
 """What a refusal costs beside the round trip, and a step's doubt: less is not worth it."""
@@ -190,7 +191,9 @@ def score(
     decode = r.running * np.maximum(0.0, work - steps * r.step_ms) / prompt.new_tokens
     evicted = np.maximum(0, prompt.demand_blocks - matched_blocks - r.free_blocks)
     evict = evicted * (traffic.reuse * prompt.block_tokens) * r.token_ms
-    return Scores(wait, work, own, own + later + decode + evict + r.egress_ms)
+    reuse = min(traffic.reuse, MOST_BUSY)
+    move = r.rtt_ms * reuse / (1 - reuse)
+    return Scores(wait, work, own, own + later + decode + evict + move + r.egress_ms)
 
 
 def drain_ms(blocks: int, new_tokens: int, replicas: Replicas, serves: Bools) -> float | None:

@@ -99,7 +99,8 @@ def test_the_score_is_the_documented_formula() -> None:
     assert scores.own[row] == pytest.approx(75.0 + wait + work)
     evicted = 60 - 25 - 10  # blocks of the demand that are neither cached nor free
     later = work * 0.002 * (wait + work) / 0.2
-    others = later + 12 * (work - step_ms) / 60 + evicted * 0.5 * BLOCK_TOKENS * chunk_ms / 500
+    move = 75.0 * 0.5 / 0.5
+    others = later + 12 * (work - step_ms) / 60 + evicted * 0.5 * BLOCK_TOKENS * chunk_ms / 500 + move
     assert scores.total[row] - scores.own[row] == pytest.approx(others)
 
 

@@ -34,7 +34,7 @@ from serving.bench.router.calibration_figures import (
     simulated_times,
     verdicts_of,
 )
-from serving.bench.router.calibration_fleet import play, rehearse, started
+from serving.bench.router.calibration_fleet import PipedReplicas, started
 from serving.bench.router.calibration_load import PLAN, poisson, real_requests, scaled_to
 from serving.bench.router.calibration_play import Served, play, rehearse
 from serving.bench.router.calibration_replica import REGION, Learned, ReplicaOptions
