@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from serving.bench.router.calibrate import calibrate
+from serving.bench.router.decisions import measure_decisions
 from serving.bench.router.figures import Objective
 from serving.bench.router.plan import ComparisonPlan, default_policies, run_all
 from serving.bench.router.policies import OMNISCIENT, OURS, named
@@ -64,6 +65,9 @@ def router(
     with_calibration: Annotated[
         bool, typer.Option("--calibrate", help="Instead: the simulator beside the real engine.")
     ] = False,
+    decisions: Annotated[
+        bool, typer.Option("--decisions", help="Instead: how long one decision takes.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write every figure there.")
     ] = None,
@@ -79,6 +83,9 @@ def router(
     with _errors_told(console):
         if with_calibration:
             calibrate(console, json_file)
+            return
+        if decisions:
+            measure_decisions(console)
             return
         if trace is None and workload != GENERATED:
             raise ConfigError(f'--workload {workload}: "{GENERATED}" is the only one; or give a --trace')
