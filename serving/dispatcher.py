@@ -252,7 +252,9 @@ class Dispatcher:
             for replica_id, report in waiting.refused_at.items()
             if (load := self._fleet.load(replica_id)) is not None and report_order(load) == report
         )
-        request = msgspec.structs.replace(waiting.request, refused_replicas=still_refusing)
+        request = waiting.request
+        if still_refusing != request.refused_replicas:
+            request = msgspec.structs.replace(request, refused_replicas=still_refusing)
         prompt = self._prompt(request)
         traffic = self._fleet.traffic(now)
         replicas = self._fleet.replicas(self._book)

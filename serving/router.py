@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from serving import metrics
-from serving.background import Background
+from serving.background import Background, collect_rarely
 from serving.config import RoutingConfig
 from serving.dispatcher import Answers, Dispatcher, DispatcherLimits
 from serving.logs import configure as configure_logs
@@ -60,6 +60,7 @@ class Router:
         self._replicas = [PinnedHandle(deployment, application) for deployment in setup.deployments]
         self._background = Background()
         self._background.start(self._tick(), "tick")
+        collect_rarely()
 
     async def pick(self, payload: bytes) -> bytes:
         """A list of RouteRequest; one reply each, at once."""
