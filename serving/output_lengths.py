@@ -18,7 +18,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
 
 WEIGHT = 8.0
 COLD = 16  # ended answers
@@ -38,11 +43,11 @@ def _edges() -> tuple[float, ...]:
 
 
 EDGES = _edges()
-_WIDTHS = tuple(high - low for low, high in pairwise(EDGES))
+_WIDTHS = np.diff(EDGES)
 _NUM = len(_WIDTHS)
 
 
-def _table_hazards() -> tuple[float, ...]:
+def _table_hazards() -> Floats:
     """The table as hazards: a tenth ends, evenly spread, between one decile and the next."""
 
     def survival(tokens: float) -> float:
@@ -53,34 +58,33 @@ def _table_hazards() -> tuple[float, ...]:
         share = (tokens - knots[index]) / (knots[index + 1] - knots[index])
         return 1 - 0.1 * (index + share)
 
-    return tuple(1 - survival(high) / max(survival(low), 1e-12) for low, high in pairwise(EDGES))
+    alive = np.array([survival(edge) for edge in EDGES])
+    return 1 - alive[1:] / np.maximum(alive[:-1], 1e-12)
 
 
 @dataclass(slots=True)
 class _Counts:
     """What is known of one model's, or one tenant's, answers."""
 
-    ended: list[float] = field(default_factory=lambda: [0.0] * _NUM)
-    reached: list[float] = field(default_factory=lambda: [0.0] * _NUM)
+    ended: Floats = field(default_factory=lambda: np.zeros(_NUM))  # by bucket
+    reached: Floats = field(default_factory=lambda: np.zeros(_NUM))
     num_ended: int = 0
-    expected: list[float] | None = None  # E[min(length, edge)], of the hazards when last asked
+    expected: Floats | None = None  # E[min(length, edge)], of the hazards when last asked
 
     def observe(self, tokens: int, is_whole: bool) -> None:
         keep = 1 - 1 / MEMORY
         last = bisect_right(EDGES, max(0, tokens - 1)) - 1
-        self.ended = [count * keep for count in self.ended]
-        self.reached = [count * keep + (bucket < last) for bucket, count in enumerate(self.reached)]
+        self.ended *= keep
+        self.reached *= keep
+        self.reached[:last] += 1
         if is_whole:
             self.reached[last] += 1
             self.ended[last] += 1
             self.num_ended += 1
         self.expected = None
 
-    def hazards(self, parent: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(
-            (ended + WEIGHT * prior) / (reached + WEIGHT)
-            for ended, reached, prior in zip(self.ended, self.reached, parent, strict=True)
-        )
+    def hazards(self, parent: Floats) -> Floats:
+        return (self.ended + WEIGHT * parent) / (self.reached + WEIGHT)
 
 
 class OutputLengths:
@@ -111,19 +115,15 @@ class OutputLengths:
                 hazards = counts.hazards(hazards)
             counts.expected = _expected(hazards)
         bucket = min(bisect_right(EDGES, max_tokens) - 1, _NUM - 1)
-        low, high = counts.expected[bucket], counts.expected[bucket + 1]
-        share = min(1.0, (max_tokens - EDGES[bucket]) / _WIDTHS[bucket])
+        low, high = float(counts.expected[bucket]), float(counts.expected[bucket + 1])
+        share = min(1.0, (max_tokens - EDGES[bucket]) / float(_WIDTHS[bucket]))
         return max(1, min(max_tokens, round(low + share * (high - low))))
 
 
-def _expected(hazards: tuple[float, ...]) -> list[float]:
+def _expected(hazards: Floats) -> Floats:
     """E[min(length, edge)] at every edge; within a bucket answers end evenly."""
-    survival = [1.0, *accumulate((1 - hazard for hazard in hazards), lambda a, b: a * b)]
-    areas = (
-        width * (here + there) / 2
-        for width, here, there in zip(_WIDTHS, survival, survival[1:], strict=False)
-    )
-    return [0.0, *accumulate(areas)]
+    survival = np.concatenate(([1.0], np.cumprod(1 - hazards)))
+    return np.concatenate(([0.0], np.cumsum(_WIDTHS * (survival[:-1] + survival[1:]) / 2)))
 
 
 _TABLE_HAZARDS = _table_hazards()

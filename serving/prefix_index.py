@@ -112,16 +112,17 @@ class PrefixIndex:
             descend(middle, middle_mask, high, high_mask)
 
         descend(0, holders.get(hashes[0], 0), len(hashes), 0)
-        found: set[int] = set()
+        expected: dict[int, int] = {}
         for number in reversed(_powers(len(hashes))):
             sharing = self._expected.get(hashes[number - 1])
             if sharing is None:
                 continue
-            for row, expected in sharing.items():
-                if row not in found:
-                    shared = _common(hashes, expected, number) if len(sharing) <= FEW else number
-                    depths[row] = max(depths[row], shared)
-            found.update(sharing)
+            for row, other in sharing.items():
+                if row not in expected:
+                    expected[row] = _common(hashes, other, number) if len(sharing) <= FEW else number
+        if expected:
+            rows = list(expected)
+            depths[rows] = np.maximum(depths[rows], list(expected.values()))
         return depths
 
     def forget(self, row: int) -> None:
