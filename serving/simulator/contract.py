@@ -57,8 +57,9 @@ class SimReplica:
     max_step_tokens: int
     max_num_seqs: int
     max_context_tokens: int = 1 << 17
-    step_noise: tuple[float, ...] = ()
-    """The n-th step takes so many times what `step` says, from the first again after the last."""
+    pace: tuple[tuple[float, float], ...] = ()
+    """Steps of a real machine, as (seconds taken, seconds foretold): it is as fast as that, over time, in
+    the simulation too (`pace.Pace`). Without them every step takes what `step` says."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ replica as it is at the end of a step.
 from __future__ import annotations
 
 import math
-from itertools import cycle
 from typing import Protocol, cast
 
 import msgspec
@@ -28,6 +27,7 @@ from serving.messages import BlockEvent, BlockEvents, BlockSnapshot, FinishReaso
 from serving.simulator.agenda import Agenda
 from serving.simulator.contract import MODEL, SimReplica, SimSetup
 from serving.simulator.engine import DecodeRun, SimScheduler, SimSequence
+from serving.simulator.pace import Pace
 
 EPOCH = 1  # who dies stays dead
 
@@ -55,8 +55,8 @@ class SimulatedReplica:
         self.num_steps = self.num_run_steps = 0
         self._agenda = agenda
         self._events = events
-        self._fast_forward = setup.fast_forward and not spec.step_noise
-        self._noise = cycle(spec.step_noise or (1.0,))
+        self._fast_forward = setup.fast_forward and not spec.pace
+        self._pace = Pace(spec.pace) if spec.pace else None
         self._decode_report_s = setup.decode_report_s
         limits = SchedulerLimits(spec.max_num_seqs, spec.max_step_tokens, spec.max_context_tokens)
         self._scheduler = SimScheduler(BlockPool(spec.num_blocks, setup.block_tokens), limits)
@@ -145,14 +145,15 @@ class SimulatedReplica:
         seconds = (
             self.spec.step.predict_ms(shape.tokens, shape.kv_tokens, shape.num_logits, shape.attention_pairs)
             / 1e3
-        ) * next(self._noise)
-        self.busy_s += seconds
+        )
+        ends_s = now + seconds if self._pace is None else self._pace.end_of(now, seconds)
+        self.busy_s += ends_s - now
         self.num_steps += 1
         self.num_preemptions += step.num_preemptions
         prefill_tokens = step.prefill_tokens
         self.prefill_tokens += prefill_tokens
         self._is_change = prefill_tokens > 0 or step.num_preemptions > 0
-        self._step_ends_s = now + seconds
+        self._step_ends_s = ends_s
         self._agenda.at(self._step_ends_s, self._step_ended, step)
 
     def _step_ended(self, step: ScheduledStep) -> None:

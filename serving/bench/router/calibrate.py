@@ -27,9 +27,9 @@ from serving.bench.router.calibration_figures import (
     RunTimes,
     StepFit,
     fit_of,
+    foretold_ms,
     measured_ms,
     median_of,
-    predicted_ms,
     real_times,
     simulated_times,
     verdicts_of,
@@ -45,10 +45,10 @@ from serving.errors import ConfigError
 from serving.simulator import SimReplica, SimRequest, SimSetup, simulate
 
 LOAD = 0.7  # of the fleet's capacity by the learned steps
-REHEARSAL_S = 40.0
+REHEARSAL_S = 60.0
 WIDTHS = (4, 1, 12, 2, 16, 6, 3, 8)
 NUM_SIMULATIONS = 9
-"""Differently drawn noise; the median of each figure counts."""
+"""With the rehearsal's pace from different moments on; the median of each figure counts."""
 
 REPORT_S = 0.05  # how often a busy replica reports
 
@@ -112,12 +112,13 @@ async def measure(
         say(f"real requests, {workload.span_s:.0f} s")
         served = await play(replicas, searoom(0, setup), real, lambda ended: progressed(ended, len(requests)))
         run = await replicas.renew()
+        await replicas.rest()
     hop_s = _hop_s(served)
     setup = replace(setup, router_hop_ms=hop_s * 1e3)
     busy_s = [float(measured_ms(run[name].steps, fits[name].pause_ms).sum()) / 1e3 for name in fits]
     times = real_times(requests, served, busy_s)
     say("simulating")
-    simulated = [_simulated(_noisy(setup, fits, seed), requests) for seed in range(plan.num_simulations)]
+    simulated = [_simulated(_paced(setup, fits, seed), requests) for seed in range(plan.num_simulations)]
     median = median_of(simulated)
     return Calibration(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -131,7 +132,7 @@ async def measure(
         failures=tuple(sorted({one.failure for one in served if one.failure is not None})),
         real=times,
         simulated=median,
-        without_noise=_simulated(setup, requests),
+        evenly_paced=_simulated(setup, requests),
         verdicts=verdicts_of(times, median),
     )
 
@@ -170,15 +171,12 @@ def _setup(
     )
 
 
-def _noisy(setup: SimSetup, fits: dict[str, StepFit], seed: int) -> SimSetup:
-    """With the noise that was measured, begun somewhere else with each seed."""
-    rng = np.random.default_rng(seed)
-    replicas = []
-    for spec in setup.replicas:
-        noise = fits[spec.name].noise
-        start = int(rng.integers(len(noise)))
-        replicas.append(replace(spec, step_noise=(*noise[start:], *noise[:start])))
-    return replace(setup, replicas=tuple(replicas))
+def _paced(setup: SimSetup, fits: dict[str, StepFit], seed: int) -> SimSetup:
+    """As fast as in the rehearsal, begun elsewhere in it with each seed, at the same moment for all."""
+    shortest_s = min(sum(taken_s for taken_s, _ in fit.pace) for fit in fits.values())
+    offset_s = float(np.random.default_rng(seed).uniform(0.0, shortest_s))
+    replicas = tuple(replace(spec, pace=fits[spec.name].begun_at(offset_s)) for spec in setup.replicas)
+    return replace(setup, replicas=replicas)
 
 
 def _simulated(setup: SimSetup, requests: Sequence[SimRequest]) -> RunTimes:
@@ -186,14 +184,14 @@ def _simulated(setup: SimSetup, requests: Sequence[SimRequest]) -> RunTimes:
 
 
 def _steps(name: str, fit: StepFit, run: Learned) -> ReplicaSteps:
-    measured, foretold = measured_ms(run.steps, fit.pause_ms), predicted_ms(run.steps, fit.step)
+    measured, foretold = measured_ms(run.steps, fit.pause_ms), foretold_ms(run.steps, fit.step)
     return ReplicaSteps(
         name=name,
         step=fit.step,
-        num_rehearsed=fit.num_steps,
+        num_rehearsed=len(fit.pace),
         pause_ms=fit.pause_ms,
         median_error=fit.median_error,
-        noise_p99=float(np.quantile(fit.noise, 0.99)),
+        p95_error=fit.p95_error,
         num_run=len(run.steps),
         run_over_rehearsed=float(measured.sum() / foretold.sum()),
     )

@@ -182,6 +182,9 @@ class Replica:
             self._executor.follow(decode(payload, list[Script]))
             return b""
         assert self._running is not None, "renew it first"
+        if method == "rest":
+            self._running.stop()
+            return b""
         engine = self._running.engine
         if method == "submit":
             return encode(engine.submit(decode(payload, list[Submit])))
