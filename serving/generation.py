@@ -239,9 +239,7 @@ class Generation:
 
     def _tell_lost(self, route: Route) -> None:
         request_id = self.request.request_id
-        self.router.tell(
-            DispatchUpdate(request_id=request_id, replica_id=route.replica_id, outcome="lost")
-        )
+        self.router.tell(DispatchUpdate(request_id=request_id, replica_id=route.replica_id, outcome="lost"))
 
     def _tell(self, outcome: Literal["accepted", "finished"], **more: Any) -> None:
         assert self.route is not None
