@@ -59,7 +59,7 @@ class DispatcherLimits:
     max_wait_s: float = 30.0  # in the queue; a request's own deadline may be sooner
     dispatch_ttl_s: float = 5.0  # a Route nobody speaks of any more counts no longer than this
     stale_after_s: float = 3.0  # an older report is doubted: used when no fresh one has headroom
-    drop_after_s: float = 10.0  # an older one is not used
+    drop_after_s: float = 10.0  # an older one is not used, while any replica is heard of
 
 
 class RouterStatus(msgspec.Struct, frozen=True, kw_only=True):

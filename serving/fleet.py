@@ -219,7 +219,10 @@ class Fleet:
     ) -> Candidates:
         """Who may take the request now. Call `replicas` before it."""
         age_s = np.maximum(0.0, now - self._received_s)
-        is_open = serves & ~self._is_draining & (age_s <= self._drop_after_s)
+        is_open = serves & ~self._is_draining
+        heard = is_open & (age_s <= self._drop_after_s)
+        if heard.any():  # if nobody is, the fault lies with the news: to stop would be worse than to guess
+            is_open = heard
         if held is not None:
             is_open &= ~held
         for refuser in request.refused_replicas:

@@ -192,6 +192,15 @@ def test_a_doubted_report_is_used_only_when_no_fresh_one_has_room() -> None:
     assert isinstance(answer_of(fleet_of(full, a_load("silent"), ages_s=ages), a_request()), NoHeadroom)
 
 
+def test_when_all_are_silent_work_goes_on_by_what_is_remembered() -> None:
+    """News that fails to come stops nobody: all running replicas are taken, those with room, in turn."""
+    ages = {"a": 60.0, "b": 60.0, "full": 60.0}
+    fleet = fleet_of(a_load("a"), a_load("b"), a_load("full", blocks_free=0), ages_s=ages)
+    answers = [answer_of(fleet, a_request(), seed=seed) for seed in range(40)]
+    homes = {answer.replica_id for answer in answers if isinstance(answer, Route)}
+    assert homes == {"a", "b"}
+
+
 def test_a_prompt_no_pool_could_hold_is_refused_for_good() -> None:
     """1,600 tokens of pool take a prompt of 1,599, because the answer needs one; not of 1,600."""
     fleet = fleet_of(a_load(), a_load("small", blocks_total=50, blocks_free=50))
@@ -248,15 +257,20 @@ any_request = st.builds(
 )
 
 
-def may_go(load: ReplicaLoad, age_s: float, request: RouteRequest) -> bool:
+def serves(load: ReplicaLoad, request: RouteRequest) -> bool:
+    return load.model == request.model and (
+        load.region in request.allowed_regions or not request.allowed_regions
+    )
+
+
+def may_go(load: ReplicaLoad, is_silent: bool, request: RouteRequest) -> bool:
     """The filter, written again from the design rather than from the code."""
     room = load.blocks_free + load.blocks_evictable - load.blocks_reserved
     wanted = request.prompt_tokens + request.max_tokens
     return (
-        load.model == request.model
-        and (load.region in request.allowed_regions or not request.allowed_regions)
+        serves(load, request)
         and load.replica_id not in request.refused_replicas
-        and not (load.draining or age_s > 10.0)
+        and not (load.draining or is_silent)
         and request.prompt_tokens < load.blocks_total * BLOCK_TOKENS
         and room >= min(-(-wanted // BLOCK_TOKENS), load.blocks_total)
     )
@@ -270,7 +284,11 @@ def test_a_route_goes_to_an_admissible_replica_and_there_is_one_whenever_there_c
     """Never inadmissible, refused or filtered; fresh before doubted; no dearer than noise allows."""
     loads = {load.replica_id: load for load, _ in drawn}
     ages = {load.replica_id: age_s for load, age_s in drawn}
-    admissible = {name for name, load in loads.items() if may_go(load, ages[name], request)}
+    served = [name for name, load in loads.items() if serves(load, request) and not load.draining]
+    all_silent = all(ages[name] > 10.0 for name in served)
+    admissible = {
+        name for name, load in loads.items() if may_go(load, ages[name] > 10.0 and not all_silent, request)
+    }
     fleet = fleet_of(*loads.values(), ages_s=ages)
     answer = answer_of(fleet, request, traffic=traffic, seed=seed)
     assert isinstance(answer, Route) == bool(admissible)
