@@ -107,7 +107,6 @@ def test_the_table_says_what_the_figures_say(report):
 
 def test_the_plot_is_a_picture(report, tmp_path):
     """A PNG, also of a run in which nothing was answered."""
-    pytest.importorskip("matplotlib")
     write_plot(report, tmp_path / "load.png")
     assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
     empty = msgspec.structs.replace(
