@@ -27,6 +27,9 @@ UNLISTED_REGION_RTT_MS = 100.0
 FEW_STEPS = 64
 """Timed steps after which a replica's own model is believed."""
 
+STEP_DEVIATION = 12**-0.5
+"""How much of the step under way is over nobody knows: it is spread evenly."""
+
 MAX_LANES = 1024  # kinds of requests for which the candidates are remembered
 
 Freshness = Literal["fresh", "doubted", "silent", "draining"]
@@ -231,12 +234,14 @@ class Fleet:
         # Since it told us a replica has worked off a backlog, and other Routers have brought it more.
         brought_ms = traffic.others_per_s * age_s * traffic.mean_work_ms
         wait_ms = np.maximum(0.0, self._replicas.wait_ms - 1000 * age_s + brought_ms)
+        brought_noise_ms = np.sqrt(traffic.others_per_s * age_s) * traffic.mean_work_ms
+        step_noise_ms = STEP_DEVIATION * self._replicas.step_ms * (self._replicas.running > 0)
         return Candidates(
             serves=serves,
             is_open=is_open,
             is_doubted=age_s > self._stale_after_s,
             wait_ms=wait_ms,
-            noise_ms=np.sqrt(traffic.others_per_s * age_s) * traffic.mean_work_ms,
+            noise_ms=brought_noise_ms + step_noise_ms,
         )
 
     def loads(self, now: float) -> list[ReplicaLoad]:

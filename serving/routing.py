@@ -27,8 +27,9 @@ the externality of work in a queue (Haviv and Ritov 1998): all who come before t
 saturation the one that saves work does. What every candidate has cached cancels out.
 
 Scores that differ by less than their noise are equal: of two equal ones drawn at random, the one with
-more room wins, so that a burst, or routers that know nothing of each other, spread. Noise grows with a
-report's age, by the work that others have been seen to bring there.
+more room wins, so that a burst, or routers that know nothing of each other, spread. Noise is the step
+under way, of which nobody knows how much is over, the prediction's error, and what a report's age leaves
+open: the work that others have been seen to bring there meanwhile.
 """
 
 from __future__ import annotations

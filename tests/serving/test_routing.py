@@ -303,6 +303,7 @@ def test_a_route_goes_to_an_admissible_replica_and_there_is_one_whenever_there_c
     rows = {name: fleet.row(name) for name in (fresh or admissible)}
     least = min(rows.values(), key=lambda row: scores.total[row])
     noise = 1.0 + 0.05 * scores.work[least]
+    noise += candidates.noise_ms[least] + candidates.noise_ms[rows[answer.replica_id]]
     assert scores.total[rows[answer.replica_id]] <= scores.total[least] + noise + 1e-6
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from serving.bench.router.calibration_engine import Learned
 from serving.bench.router.calibration_figures import (
     RunTimes,
     StepFit,
@@ -37,11 +38,13 @@ from serving.bench.router.calibration_figures import (
 from serving.bench.router.calibration_fleet import PipedReplicas, started
 from serving.bench.router.calibration_load import PLAN, poisson, real_requests, scaled_to
 from serving.bench.router.calibration_play import Served, play, rehearse
-from serving.bench.router.calibration_replica import REGION, Learned, ReplicaOptions
+from serving.bench.router.calibration_replica import REGION, ReplicaOptions
 from serving.bench.router.calibration_report import Calibration, ReplicaSteps, print_calibration, write_json
 from serving.bench.router.generated import GeneratorPlan
 from serving.bench.router.policies import searoom
+from serving.bench.router.workload import Workload
 from serving.errors import ConfigError
+from serving.load_reporter import BUSY_INTERVAL_S
 from serving.simulator import SimReplica, SimRequest, SimSetup, simulate
 
 LOAD = 0.7  # of the fleet's capacity by the learned steps
@@ -49,8 +52,6 @@ REHEARSAL_S = 60.0
 WIDTHS = (4, 1, 12, 2, 16, 6, 3, 8)
 NUM_SIMULATIONS = 9
 """With the rehearsal's pace from different moments on; the median of each figure counts."""
-
-REPORT_S = 0.05  # how often a busy replica reports
 
 Say = Callable[[str], None]
 Progressed = Callable[[int, int], None]
@@ -92,31 +93,12 @@ async def measure(
     progressed: Progressed,
 ) -> Calibration:
     """Rehearse, play, simulate."""
-    block_tokens = plan.replicas[0].block_tokens
     say("loading the models")
     async with fleet as replicas:
-        facts = next(iter(replicas.facts.values()))
-        context_tokens = facts.context_tokens
-        say(f"learning steps of both, {plan.rehearsal_s:.0f} s")
-        await replicas.renew()
-        other = poisson(plan.workload, block_tokens, plan.seed + 1)
-        rtt_s = await rehearse(
-            replicas, real_requests(other.requests, facts, block_tokens), plan.rehearsal_s, plan.widths
-        )
-        learned = await replicas.renew()
-        fits = {name: fit_of(one) for name, one in learned.items()}
-        setup = _setup(plan, fits, context_tokens, rtt_ms=rtt_s * 1e3)
-        workload = scaled_to(poisson(plan.workload, block_tokens, plan.seed), setup, plan.load)
-        requests = workload.requests
-        real = real_requests(requests, facts, block_tokens)
-        say(f"real requests, {workload.span_s:.0f} s")
-        served = await play(replicas, searoom(0, setup), real, lambda ended: progressed(ended, len(requests)))
-        run = await replicas.renew()
-        await replicas.rest()
-    hop_s = _hop_s(served)
-    setup = replace(setup, router_hop_ms=hop_s * 1e3)
-    busy_s = [float(measured_ms(run[name].steps, fits[name].pause_ms).sum()) / 1e3 for name in fits]
-    times = real_times(requests, served, busy_s)
+        played = await _played(plan, replicas, say, progressed)
+    setup, fits, requests = played.setup, played.fits, played.workload.requests
+    busy_s = [float(measured_ms(played.run[name].steps, fits[name].pause_ms).sum()) / 1e3 for name in fits]
+    real = real_times(requests, played.served, busy_s)
     say("simulating")
     simulated = [_simulated(_paced(setup, fits, seed), requests) for seed in range(plan.num_simulations)]
     median = median_of(simulated)
@@ -124,17 +106,52 @@ async def measure(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         command=f"python -m serving.bench {shlex.join(sys.argv[1:])}",
         num_requests=len(requests),
-        span_s=workload.span_s,
-        notes=workload.notes,
-        replica_rtt_ms=rtt_s * 1e3,
-        router_hop_ms=hop_s * 1e3,
-        replicas=tuple(_steps(name, fits[name], run[name]) for name in fits),
-        failures=tuple(sorted({one.failure for one in served if one.failure is not None})),
-        real=times,
+        span_s=played.workload.span_s,
+        notes=played.workload.notes,
+        replica_rtt_ms=setup.rtt_s(REGION, REGION) * 1e3,
+        router_hop_ms=setup.router_hop_ms,
+        replicas=tuple(_steps(name, fits[name], played.run[name]) for name in fits),
+        failures=tuple(sorted({one.failure for one in played.served if one.failure is not None})),
+        real=real,
         simulated=median,
         evenly_paced=_simulated(setup, requests),
-        verdicts=verdicts_of(times, median),
+        verdicts=verdicts_of(real, median),
     )
+
+
+@dataclass(frozen=True)
+class _Played:
+    """A real run, and what a simulation of it has to know."""
+
+    setup: SimSetup
+    fits: dict[str, StepFit]
+    workload: Workload
+    served: list[Served]
+    run: dict[str, Learned]  # the engines' steps in it
+
+
+async def _played(
+    plan: CalibrationPlan, replicas: PipedReplicas, say: Say, progressed: Progressed
+) -> _Played:
+    """Learn the steps of both replicas under load, then serve requests at the load that follows from them."""
+    block_tokens = plan.replicas[0].block_tokens
+    facts = next(iter(replicas.facts.values()))
+    say(f"learning steps of both, {plan.rehearsal_s:.0f} s")
+    await replicas.renew()
+    other = poisson(plan.workload, block_tokens, plan.seed + 1)
+    rtt_s = await rehearse(
+        replicas, real_requests(other.requests, facts, block_tokens), plan.rehearsal_s, plan.widths
+    )
+    fits = {name: fit_of(learned) for name, learned in (await replicas.renew()).items()}
+    setup = _setup(plan, fits, facts.context_tokens, rtt_ms=rtt_s * 1e3)
+    workload = scaled_to(poisson(plan.workload, block_tokens, plan.seed), setup, plan.load)
+    requests = real_requests(workload.requests, facts, block_tokens)
+    say(f"real requests, {workload.span_s:.0f} s")
+    served = await play(replicas, searoom(0, setup), requests, lambda ended: progressed(ended, len(requests)))
+    run = await replicas.renew()
+    await replicas.rest()
+    setup = replace(setup, router_hop_ms=_hop_s(served) * 1e3)
+    return _Played(setup, fits, workload, served, run)
 
 
 def _hop_s(served: Sequence[Served]) -> float:
@@ -167,7 +184,7 @@ def _setup(
         block_tokens=plan.replicas[0].block_tokens,
         rtt_ms={(REGION, REGION): rtt_ms},
         seed=plan.seed,
-        decode_report_s=REPORT_S,
+        decode_report_s=BUSY_INTERVAL_S,
     )
 
 

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from cluster.load import StepCoefficients
 from serving.bench.engine.report import Verdict
+from serving.bench.router.calibration_engine import Learned, StepRecord
 from serving.bench.router.calibration_play import Served
-from serving.bench.router.calibration_replica import Learned, StepRecord
 from serving.bench.router.figures import percentile
 from serving.engine.least_squares import non_negative_solution
 from serving.simulator import DONE, SimRequest, SimResult

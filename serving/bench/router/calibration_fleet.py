@@ -16,9 +16,10 @@ from contextlib import asynccontextmanager
 from multiprocessing.connection import Connection
 
 from serving.background import Background
+from serving.bench.router.calibration_engine import Learned
 from serving.bench.router.calibration_load import INGRESS, RealRequest
 from serving.bench.router.calibration_pipe import Pipe
-from serving.bench.router.calibration_replica import Learned, ModelFacts, ReplicaOptions, main
+from serving.bench.router.calibration_replica import ModelFacts, ReplicaOptions, main
 from serving.dispatcher import Answers
 from serving.errors import ReplicaGone
 from serving.messages import (

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from serving.bench.router.calibration_replica import ModelFacts, Script
+from serving.bench.router.calibration_engine import Script
+from serving.bench.router.calibration_replica import ModelFacts
 from serving.bench.router.capacity import at_load
 from serving.bench.router.generated import GeneratorPlan, LogNormal, generate
 from serving.bench.router.workload import Workload

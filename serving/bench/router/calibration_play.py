@@ -24,6 +24,7 @@ from serving.transport import DelayLine
 
 DEADLINE_S = 600.0
 POLL_S = 0.01
+START_S = 10.0  # for every replica to have reported
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,19 @@ async def rehearse(
     try:
         await _attached(links, replicas)
         until_s = time.monotonic() + seconds
-        async with asyncio.TaskGroup() as group:
-            for number, name in enumerate(sorted(replicas.pipes)):
-                turned = [*widths[number:], *widths[:number]]
-                group.create_task(
-                    _press(links.get(name), line, turned, seconds / len(widths), until_s, answers_s)
+        await asyncio.gather(
+            *(
+                _press(
+                    links.get(name),
+                    line,
+                    [*widths[number:], *widths[:number]],
+                    seconds / len(widths),
+                    until_s,
+                    answers_s,
                 )
+                for number, name in enumerate(sorted(replicas.pipes))
+            )
+        )
     finally:
         links.close()
     return sorted(answers_s)[len(answers_s) // 2]
@@ -116,7 +124,8 @@ async def play(
     links = _links(replicas)
     try:
         await _attached(links, replicas)
-        await router.has_heard_all.wait()
+        async with asyncio.timeout(START_S):
+            await router.has_heard_all.wait()
         run = _Run(router, router_link, links, on_progress)
         async with asyncio.TaskGroup() as group:
             for request in requests:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from cluster.load import StepCoefficients
 from serving.bench.router.calibrate import CalibrationPlan, measure
+from serving.bench.router.calibration_engine import Learned, StepRecord
 from serving.bench.router.calibration_figures import (
     RunTimes,
     fit_of,
@@ -27,7 +28,7 @@ from serving.bench.router.calibration_fleet import started
 from serving.bench.router.calibration_load import PLAN, poisson, real_requests, scaled_to
 from serving.bench.router.calibration_pipe import Pipe
 from serving.bench.router.calibration_play import Served, play
-from serving.bench.router.calibration_replica import Learned, ModelFacts, ReplicaOptions, StepRecord
+from serving.bench.router.calibration_replica import ModelFacts, ReplicaOptions
 from serving.bench.router.calibration_report import print_calibration, write_json
 from serving.bench.router.policies import searoom
 from serving.errors import ReplicaGone
