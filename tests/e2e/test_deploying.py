@@ -157,7 +157,6 @@ async def test_serve_deploy_with_three_ranks_gives_the_same_tokens(bare, referen
     assert await bare.answer() == reference["tp 1"]  # the client's retries bridge the restart
 
 
-@pytest.mark.full
 async def test_a_group_spreads_over_nodes(bare, reference):
     """One rank a node: the same three ranks on three nodes give the same tokens."""
     bare.run("serve", "deploy", bare.config(tensor_parallel=3, ranks_per_node=1))
