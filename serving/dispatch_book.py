@@ -5,7 +5,7 @@
       ├── TTL: gone        │                                         │
       └────────────────────┴── refused, lost, its replica gone ──────┴──► RELEASED ──TTL──► gone
 
-SENT and ACCEPTED are *counted*: their blocks and prompt tokens are added to the replica's own
+SENT and ACCEPTED are *counted*: their blocks and prefill work are added to the replica's own
 figures, so a burst between two reports does not land on one replica. Counted once: a report whose
 `last_submission` reaches the accepted number takes over. RELEASED counts nothing; it keeps the
 request's place in the queue while its Ingress asks again. Every state but RUNNING ends by itself.
@@ -34,14 +34,12 @@ COUNTED = (State.SENT, State.ACCEPTED)
 class Dispatch:
     """One request that was given a Route."""
 
-    request_id: str
+    route: Route
     ingress_id: str
-    replica_id: str
-    region: str
     tenant_key: str
     model: str
-    blocks: int
-    prompt_tokens: int  # those not expected to be cached
+    prompt_blocks: int
+    sent_s: float  # unix time
     expected_tokens: int  # of its answer
     charged: float  # service that its tenant was charged with, in tokens
     arrival: int  # its place among requests of equal priority
@@ -49,15 +47,25 @@ class Dispatch:
     expires_s: float  # unix time; not used while RUNNING
     submission: int = 0
 
+    @property
+    def request_id(self) -> str:
+        return self.route.request_id
+
+    @property
+    def replica_id(self) -> str:
+        return self.route.replica_id
+
 
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What is counted against one replica, and how many requests it has from us in all."""
 
-    blocks: int = 0
-    prompt_tokens: int = 0
-    num_counted: int = 0
+    counted: tuple[Dispatch, ...] = ()
     num_in_flight: int = 0
+
+    @property
+    def blocks(self) -> int:
+        return sum(dispatch.route.reserve_blocks for dispatch in self.counted)
 
 
 class DispatchBook:
@@ -71,7 +79,6 @@ class DispatchBook:
         self,
         request: RouteRequest,
         route: Route,
-        uncached_tokens: int,
         expected_tokens: int,
         charged: float,
         arrival: int,
@@ -81,14 +88,12 @@ class DispatchBook:
         assert request.request_id not in self._dispatches, "take() the earlier dispatch first"
         self._put(
             Dispatch(
-                request_id=request.request_id,
+                route=route,
                 ingress_id=request.ingress_id,
-                replica_id=route.replica_id,
-                region=route.region,
                 tenant_key=request.tenant_key,
                 model=request.model,
-                blocks=route.reserve_blocks,
-                prompt_tokens=uncached_tokens,
+                prompt_blocks=len(request.block_hashes),
+                sent_s=now,
                 expected_tokens=expected_tokens,
                 charged=charged,
                 arrival=arrival,
@@ -101,13 +106,14 @@ class DispatchBook:
         """Forget and return the dispatch of a request that is asked for again, or has ended."""
         return self._drop(request_id)
 
-    def accepted(self, request_id: str, replica_id: str, submission: int, now: float) -> None:
-        """The replica has numbered it. Ignored when the Route was forgotten or replaced."""
+    def accepted(self, request_id: str, replica_id: str, submission: int, now: float) -> Dispatch | None:
+        """The replica has numbered it. None, and ignored, when the Route was forgotten or replaced."""
         dispatch = self._of(request_id, replica_id)
-        if dispatch is not None and dispatch.state is State.SENT:
-            self._put(
-                replace(dispatch, state=State.ACCEPTED, submission=submission, expires_s=now + self._ttl_s)
-            )
+        if dispatch is None or dispatch.state is not State.SENT:
+            return None
+        accepted = replace(dispatch, state=State.ACCEPTED, submission=submission, expires_s=now + self._ttl_s)
+        self._put(accepted)
+        return accepted
 
     def released(self, request_id: str, replica_id: str, now: float) -> None:
         """The replica refused it or died; the request may be asked for again."""
@@ -121,11 +127,8 @@ class DispatchBook:
 
     def included(self, replica_id: str, last_submission: int) -> None:
         """A report of this replica includes submissions up to this number."""
-        if self.tally(replica_id).num_counted == 0:
-            return
-        for dispatch in [self._dispatches[request_id] for request_id in self._expiring]:
-            accepted = dispatch.state is State.ACCEPTED and dispatch.replica_id == replica_id
-            if accepted and dispatch.submission <= last_submission:
+        for dispatch in self.tally(replica_id).counted:
+            if dispatch.state is State.ACCEPTED and dispatch.submission <= last_submission:
                 self._put(replace(dispatch, state=State.RUNNING))
 
     def replica_gone(self, replica_id: str, now: float) -> None:
@@ -196,10 +199,10 @@ class DispatchBook:
 
 
 def _shifted(tally: Tally, dispatch: Dispatch, sign: int) -> Tally:
-    counted = sign if dispatch.state in COUNTED else 0
+    counted = tuple(other for other in tally.counted if other.request_id != dispatch.request_id)
+    if sign > 0 and dispatch.state in COUNTED:
+        counted = (*counted, dispatch)
     return Tally(
-        blocks=tally.blocks + counted * dispatch.blocks,
-        prompt_tokens=tally.prompt_tokens + counted * dispatch.prompt_tokens,
-        num_counted=tally.num_counted + counted,
+        counted=counted,
         num_in_flight=tally.num_in_flight + (sign if dispatch.state is not State.RELEASED else 0),
     )

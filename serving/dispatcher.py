@@ -103,7 +103,7 @@ class Dispatcher:
 
         Blocks which that undoing frees on the refuser reach others with its next report.
         """
-        earlier = self._queue.remove(request.request_id) or self._undo(request.request_id)
+        earlier = self._queue.remove(request.request_id) or self._undo(request)
         for refusal in request.refusals:
             self._fleet.refused(refusal, now)
         waiting = self._waiting(request, earlier.arrival if earlier else self._next_arrival(), now)
@@ -132,7 +132,8 @@ class Dispatcher:
         known = self._fleet.load(load.replica_id)
         if not self._fleet.report(load, now):
             return []
-        if known is not None and load.epoch != known.epoch:
+        if known is not None and load.epoch != known.epoch:  # a new process in its place
+            self._forget_blocks(self._fleet.row(load.replica_id))
             self._replica_gone(load.replica_id, now)
         self._book.included(load.replica_id, load.last_submission)
         return self._advance(now)
@@ -162,7 +163,10 @@ class Dispatcher:
         """Take what became of a Route. Ignored when it speaks of an older Route than the last."""
         request_id, replica_id = update.request_id, update.replica_id
         if update.outcome == "accepted":
-            self._book.accepted(request_id, replica_id, update.submission, now)
+            accepted = self._book.accepted(request_id, replica_id, update.submission, now)
+            if accepted is not None:
+                self._fleet.accepted(accepted, now)
+                self._regions.accepted(accepted.route.region)
             load = self._fleet.load(replica_id)
             if load is not None:
                 self._book.included(replica_id, load.last_submission)
@@ -175,7 +179,7 @@ class Dispatcher:
                 more = update.output_tokens - ended.expected_tokens
                 self._queue.served(ended.tenant_key, OUTPUT_WEIGHT * more)
                 if update.ttft_ms > 0:
-                    self._regions.first_token(ended.region, update.ttft_ms)
+                    self._regions.first_token(ended.route.region, update.ttft_ms)
         else:
             self._book.released(request_id, replica_id, now)
         self._fleet.dispatch_changed(replica_id)
@@ -269,25 +273,25 @@ class Dispatcher:
     def _note(
         self, waiting: Waiting, request: RouteRequest, prompt: Prompt, route: Route, now: float
     ) -> None:
-        """What a Route changes: it is counted, its blocks are expected, its tenant is charged."""
+        """What a Route changes: it is booked, its blocks are expected, its tenant is charged."""
         cached_tokens = route.matched_blocks * self._block_tokens
         uncached_tokens = max(1, prompt.tokens - cached_tokens)
         charged = uncached_tokens + CACHED_WEIGHT * cached_tokens + OUTPUT_WEIGHT * prompt.new_tokens
         self._queue.served(request.tenant_key, charged)
-        self._book.sent(request, route, uncached_tokens, prompt.new_tokens, charged, waiting.arrival, now)
+        self._book.sent(request, route, prompt.new_tokens, charged, waiting.arrival, now)
         self._fleet.dispatch_changed(route.replica_id)
-        self._regions.routed(route.region)
-        self._fleet.routed(len(request.block_hashes), route.matched_blocks, route.work_ms, now)
         row = self._fleet.row(route.replica_id)
         assert row is not None
         self._index.expect(row, request.block_hashes, now)
 
-    def _undo(self, request_id: str) -> Dispatch | None:
+    def _undo(self, request: RouteRequest) -> Dispatch | None:
         """Take back what a Route changed, for a request that asks again."""
-        earlier = self._book.take(request_id)
+        earlier = self._book.take(request.request_id)
         if earlier is not None:
             self._queue.served(earlier.tenant_key, -earlier.charged)
             self._fleet.dispatch_changed(earlier.replica_id)
+            if (row := self._fleet.row(earlier.replica_id)) is not None:
+                self._index.withdraw(row, request.block_hashes)
         return earlier
 
     def _held_before(self, waiting: Waiting) -> Bools | None:

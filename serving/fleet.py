@@ -16,7 +16,7 @@ import msgspec
 import numpy as np
 
 from cluster.load import ReplicaLoad, StepCoefficients
-from serving.dispatch_book import DispatchBook, Tally
+from serving.dispatch_book import Dispatch, DispatchBook, Tally
 from serving.messages import Refusal, RouteRequest
 from serving.rates import Rate
 from serving.routing import Bools, Candidates, Replicas, Traffic
@@ -26,9 +26,6 @@ UNLISTED_REGION_RTT_MS = 100.0
 
 FEW_STEPS = 64
 """Timed steps after which a replica's own model is believed."""
-
-STEP_DEVIATION = 12**-0.5
-"""How much of the step under way is over nobody knows: it is spread evenly."""
 
 MAX_LANES = 1024  # kinds of requests for which the candidates are remembered
 
@@ -75,8 +72,8 @@ class Fleet:
         self._models: list[str] = []
         self._serving: dict[tuple[str, tuple[str, ...]], Bools] = {}  # of the present rows
         self._submissions = Rate()  # of all Routers, by the replicas' own numbers
-        self._routed = Rate()  # of this one
-        self._work_ms = Rate()  # of the requests that this one routed
+        self._accepted = Rate()  # of this one's Routes
+        self._work_ms = Rate()  # of the requests it routed
         self._prompt_blocks = Rate()
         self._matched_blocks = Rate()
 
@@ -166,12 +163,12 @@ class Fleet:
         if replica_id in self._known:
             self._changed.add(replica_id)
 
-    def routed(self, prompt_blocks: int, matched_blocks: int, work_ms: float, now: float) -> None:
-        """Learn of a request that was routed."""
-        self._routed.add(1, now)
-        self._work_ms.add(work_ms, now)
-        self._prompt_blocks.add(prompt_blocks, now)
-        self._matched_blocks.add(matched_blocks, now)
+    def accepted(self, dispatch: Dispatch, now: float) -> None:
+        """Learn of a request that was routed, and taken."""
+        self._accepted.add(1, now)
+        self._work_ms.add(dispatch.route.work_ms, now)
+        self._prompt_blocks.add(dispatch.prompt_blocks, now)
+        self._matched_blocks.add(dispatch.route.matched_blocks, now)
 
     def measured_rtt(self, region: str, rtt_ms: float) -> None:
         """Learn from a round trip that somebody measured, the replica's own delay included.
@@ -184,15 +181,15 @@ class Fleet:
 
     def traffic(self, now: float) -> Traffic:
         """How busy the replicas are with prefill, and what of prompts they find cached."""
-        routed = self._routed.per_s(now)
-        mean_work_ms = self._work_ms.per_s(now) / routed if routed > 0 else 0.0
-        submitted = max(routed, self._submissions.per_s(now))
+        accepted = self._accepted.per_s(now)
+        mean_work_ms = self._work_ms.per_s(now) / accepted if accepted > 0 else 0.0
+        submitted = max(accepted, self._submissions.per_s(now))
         prompt_blocks = self._prompt_blocks.per_s(now)
         return Traffic(
             busy=submitted * mean_work_ms / 1000 / max(1, len(self._members)),
             reuse=self._matched_blocks.per_s(now) / prompt_blocks if prompt_blocks > 0 else 0.0,
             mean_work_ms=mean_work_ms,
-            others_per_s=max(0.0, submitted - routed) / max(1, len(self._members)),
+            others_per_s=max(0.0, submitted - accepted) / max(1, len(self._members)),
             per_replica_s=submitted / max(1, len(self._members)),
         )
 
@@ -231,17 +228,15 @@ class Fleet:
         for refuser in request.refused_replicas:
             if (row := self.row(refuser)) is not None:
                 is_open[row] = False
-        # Since it told us a replica has worked off a backlog, and other Routers have brought it more.
-        brought_ms = traffic.others_per_s * age_s * traffic.mean_work_ms
-        wait_ms = np.maximum(0.0, self._replicas.wait_ms - 1000 * age_s + brought_ms)
-        brought_noise_ms = np.sqrt(traffic.others_per_s * age_s) * traffic.mean_work_ms
-        step_noise_ms = STEP_DEVIATION * self._replicas.step_ms * (self._replicas.running > 0)
+        known_ms = np.maximum(0.0, 1000 * (self._replicas.busy_until_s - now))
+        # What other Routers have brought it since it told us is rare and long: little of it is over yet.
+        brought = traffic.others_per_s * age_s
         return Candidates(
             serves=serves,
             is_open=is_open,
             is_doubted=age_s > self._stale_after_s,
-            wait_ms=wait_ms,
-            noise_ms=brought_noise_ms + step_noise_ms,
+            wait_ms=known_ms + brought * traffic.mean_work_ms,
+            noise_ms=np.sqrt(brought) * traffic.mean_work_ms,
         )
 
     def loads(self, now: float) -> list[ReplicaLoad]:
@@ -301,7 +296,8 @@ class Fleet:
         return row
 
     def _grow(self) -> None:
-        size, more = self.num_rows, max(8, self.num_rows)
+        """By an eighth: every decision goes over the empty rows too."""
+        size, more = self.num_rows, max(8, self.num_rows // 8)
         old, new = self._replicas, _empty(size + more)
         new.ids[:size], new.regions[:size] = old.ids, old.regions
         for name in _ARRAYS:
@@ -317,22 +313,26 @@ class Fleet:
         """A replica's row, from its report and what was dispatched since."""
         load, row, replicas = known.load, known.row, self._replicas
         step = self._step_of(load)
-        running = load.num_running + tally.num_counted
-        backlog = load.prefill_backlog_tokens + tally.prompt_tokens
+        running = load.num_running + len(tally.counted)
         chunk = max(1, load.max_step_tokens - running)
 
         def step_ms(prefill_tokens: int) -> float:
             kv_tokens = load.decode_kv_tokens
             return step.predict_ms(running + prefill_tokens, kv_tokens, running, kv_tokens)
 
-        full, rest = divmod(backlog, chunk)
-        under_way_ms = step_ms(0) if running else 0.0
-        replicas.wait_ms[row] = under_way_ms + full * step_ms(chunk) + (step_ms(rest) if rest else 0.0)
+        decode_ms, chunk_ms = step_ms(0), step_ms(chunk)
+        full, rest = divmod(load.prefill_backlog_tokens, chunk)
+        under_way_ms = decode_ms if running else 0.0
+        told_ms = under_way_ms + full * chunk_ms + (step_ms(rest) if rest else 0.0)
+        busy_until_s = known.received_s + told_ms / 1000
+        for dispatch in sorted(tally.counted, key=lambda counted: counted.sent_s):
+            busy_until_s = max(busy_until_s, dispatch.sent_s) + dispatch.route.work_ms / 1000
+        replicas.busy_until_s[row] = busy_until_s
         replicas.blocks_total[row] = load.blocks_total
         replicas.room_blocks[row] = load.room_blocks - tally.blocks
         replicas.free_blocks[row] = max(0, load.blocks_free - tally.blocks)
-        replicas.token_ms[row] = step_ms(chunk) / chunk
-        replicas.step_ms[row] = step_ms(0)
+        replicas.token_ms[row] = chunk_ms / chunk
+        replicas.step_ms[row] = decode_ms
         replicas.kv_token_ms[row] = step.per_kv_token_ms
         replicas.pair_ms[row] = step.per_pair_ms
         replicas.chunk_tokens[row] = chunk
@@ -347,7 +347,7 @@ def report_order(load: ReplicaLoad) -> tuple[int, int]:
 
 
 _INTEGERS = ("blocks_total", "room_blocks", "free_blocks", "chunk_tokens", "running", "seats")
-_FLOATS = ("wait_ms", "token_ms", "step_ms", "kv_token_ms", "pair_ms", "rtt_ms", "egress_ms")
+_FLOATS = ("busy_until_s", "token_ms", "step_ms", "kv_token_ms", "pair_ms", "rtt_ms", "egress_ms")
 _ARRAYS = (*_INTEGERS, *_FLOATS)
 
 

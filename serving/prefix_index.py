@@ -91,6 +91,13 @@ class PrefixIndex:
             self._expected.setdefault(hashes[number - 1], {})[row] = hashes
         self._order.append((now + EXPECTED_S, row, hashes))
 
+    def withdraw(self, row: int, hashes: Hashes) -> None:
+        """It will not after all: the replica turned them away."""
+        for number in _powers(len(hashes)):
+            sharing = self._expected.get(hashes[number - 1])
+            if sharing is not None and sharing.get(row) == hashes:
+                self._unexpect(hashes[number - 1], row)
+
     def match(self, hashes: Hashes, num_rows: int, now: float) -> Depths:
         """Cached or expected blocks of this prompt, by row: [num_rows]."""
         self._expire(now)
@@ -127,8 +134,8 @@ class PrefixIndex:
 
     def forget(self, row: int) -> None:
         """The replica is gone, and its cache with it."""
-        for sharing in self._expected.values():
-            sharing.pop(row, None)
+        for block_hash in [name for name, sharing in self._expected.items() if row in sharing]:
+            self._unexpect(block_hash, row)
         replica = self._replicas.pop(row, None)
         if replica is not None:
             self._clear(replica)
@@ -171,10 +178,14 @@ class PrefixIndex:
             _, row, hashes = self._order.popleft()
             for number in _powers(len(hashes)):
                 sharing = self._expected.get(hashes[number - 1])
-                if sharing is not None and sharing.get(row, hashes) is hashes:  # no later one in its place
-                    sharing.pop(row, None)
-                    if not sharing:
-                        del self._expected[hashes[number - 1]]
+                if sharing is not None and sharing.get(row) is hashes:  # no later one in its place
+                    self._unexpect(hashes[number - 1], row)
+
+    def _unexpect(self, block_hash: bytes, row: int) -> None:
+        sharing = self._expected[block_hash]
+        del sharing[row]
+        if not sharing:
+            del self._expected[block_hash]
 
 
 def _rows(mask: int, num_rows: int) -> NDArray[np.bool_]:

@@ -29,7 +29,7 @@ saturation the one that saves work does. What every candidate has cached cancels
 Scores that differ by less than their noise are equal: of two equal ones drawn at random, the one with
 more room wins, so that a burst, or routers that know nothing of each other, spread. Noise is the step
 under way, of which nobody knows how much is over, the prediction's error, and what a report's age leaves
-open: the work that others have been seen to bring there meanwhile.
+open: the work that others bring there meanwhile, at the rate at which they were seen to.
 """
 
 from __future__ import annotations
@@ -56,20 +56,23 @@ MOST_BUSY = 0.95
 ASK_AGAIN_MS = 20.0
 """What a refusal costs beside the round trip, and a step's doubt: less is not worth it."""
 
+STEP_DEVIATION = 12**-0.5
+"""How much of the step under way is over nobody knows: it is spread evenly."""
+
 PREDICTION_ERROR = 0.05
 """Of the step-time model; scores closer than this part of their work are not told apart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replicas:
-    """Every known replica, one a row: arrays [R], times in ms as of each one's last report."""
+    """Every known replica, one a row, by its last report and what was dispatched since: arrays [R]."""
 
     ids: list[str | None]  # None: an empty row
     regions: list[str]
     blocks_total: Ints
     room_blocks: Ints  # but for the request's demand
     free_blocks: Ints  # of them, such as hold nothing that could be asked for again
-    wait_ms: Floats
+    busy_until_s: Floats  # unix time at which its prefill backlog is worked off
     token_ms: Floats  # of a prefill token, beside the decodes that run
     step_ms: Floats  # of a step without prefill
     kv_token_ms: Floats  # of a context token read
@@ -89,7 +92,7 @@ class Candidates:
     is_open: Bools  # takes new work: neither draining, nor held, nor silent, nor a refuser
     is_doubted: Bools
     wait_ms: Floats
-    noise_ms: Floats  # of `wait_ms`
+    noise_ms: Floats  # of `wait_ms`: what others may have brought unseen
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +160,7 @@ def pick(
     if len(rivals) == 0:
         return NoHeadroom(why=_why_none(request, headroom[usable], int(candidates.serves.sum())))
     scores = score(prompt, replicas, candidates.wait_ms, matched_blocks, traffic)
-    best = _choose(scores, rivals, headroom, candidates.noise_ms, rng)
+    best = _choose(scores, rivals, headroom, candidates.noise_ms + _step_noise_ms(replicas), rng)
     return Route(
         request_id=request.request_id,
         replica_id=str(replicas.ids[best]),
@@ -222,16 +225,21 @@ def _choose(scores: Scores, rivals: Ints, headroom: Ints, noise_ms: Floats, rng:
 def _most_backlog(
     best: int, rivals: Ints, replicas: Replicas, candidates: Candidates, scores: Scores
 ) -> int | None:
-    """The prefill at which the next best replica would be the better one, by more than its noise.
+    """The prefill at which the next best replica would be the better one, by more than asking costs.
 
-    A view is old when it is used; the replica knows better, and says so (`Refused.is_busy`).
+    A view is old when it is used; the replica knows better, and says so (`Refused.is_busy`). So what
+    others may have brought it is no excuse here, as it is when two views are compared.
     """
     others = rivals[rivals != best]
     if len(others) == 0:
         return None
     margin_ms = max(0.0, float(scores.total[others].min() - scores.total[best]))
-    noise_ms = candidates.noise_ms[best] + ASK_AGAIN_MS + replicas.rtt_ms[best]
-    return int((candidates.wait_ms[best] + margin_ms + noise_ms) / replicas.token_ms[best])
+    ask_again_ms = ASK_AGAIN_MS + replicas.rtt_ms[best] + _step_noise_ms(replicas)[best]
+    return int((candidates.wait_ms[best] + margin_ms + ask_again_ms) / replicas.token_ms[best])
+
+
+def _step_noise_ms(replicas: Replicas) -> Floats:
+    return STEP_DEVIATION * replicas.step_ms * (replicas.running > 0)
 
 
 def _too_large(request: RouteRequest, prompt: Prompt, most_blocks: int) -> Overloaded:

@@ -29,7 +29,7 @@ class RegionView:
 
     name: str
     replicas: tuple[ReplicaStatus, ...]
-    record: RegionStatus | None  # None: nothing was routed there yet
+    record: RegionStatus | None  # None: nothing ran there yet
 
     @property
     def headroom_blocks(self) -> int:
@@ -46,7 +46,7 @@ class RegionView:
     @property
     def num_spilled(self) -> int:
         """Requests that ran here because they found no better place at home."""
-        return 0 if self.record is None or self.record.is_home else self.record.num_routed
+        return 0 if self.record is None or self.record.is_home else self.record.num_accepted
 
     @property
     def ttft(self) -> str:
@@ -71,7 +71,7 @@ COLUMNS: tuple[tuple[str, Callable[[RegionView], str]], ...] = (
         "prefill tokens",
         lambda region: str(sum(replica.load.prefill_backlog_tokens for replica in region.replicas)),
     ),
-    ("routed", lambda region: str(region.record.num_routed if region.record else 0)),
+    ("accepted", lambda region: str(region.record.num_accepted if region.record else 0)),
     ("spilled", lambda region: str(region.num_spilled)),
     ("TTFT p50 ms", lambda region: region.ttft),
 )

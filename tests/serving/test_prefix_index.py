@@ -78,6 +78,19 @@ def test_what_was_routed_is_expected_until_it_is_over() -> None:
     assert depths(index, prompt, now=NOW + EXPECTED_S) == [0, 0, 0, 0]
 
 
+def test_what_a_replica_turned_away_is_not_expected_of_it() -> None:
+    """Nor does taking it back touch what another request, or another replica, is expected to leave."""
+    index, prompt, longer = PrefixIndex(), chain("a", 8), chain("a", 12)
+    for row in (1, 2):
+        index.expect(row, prompt, NOW)
+    index.withdraw(1, prompt)
+    assert depths(index, prompt) == [0, 0, 8, 0]
+    index.expect(2, longer, NOW)
+    index.withdraw(2, prompt)
+    assert depths(index, longer) == [0, 0, 12, 0]
+    index.withdraw(3, prompt)  # never expected there
+
+
 def test_memory_is_bounded() -> None:
     """At its limit it takes nothing in; what is evicted makes room."""
     index, prompt = PrefixIndex(max_blocks=3), chain("a", 5)

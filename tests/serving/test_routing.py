@@ -12,7 +12,7 @@ from cluster.load import ReplicaLoad, StepCoefficients
 from serving.dispatch_book import DispatchBook
 from serving.fleet import Fleet
 from serving.messages import Overloaded, Route, RouteRequest
-from serving.routing import NoHeadroom, Prompt, Scores, Traffic, drain_ms, pick, score
+from serving.routing import Floats, NoHeadroom, Prompt, Replicas, Scores, Traffic, drain_ms, pick, score
 
 NOW = 1_000.0
 RTT_MS = {"us-east": 0.0, "eu-west": 75.0, "ap-southeast": 220.0}
@@ -60,7 +60,11 @@ def scores_of(load: ReplicaLoad, prompt: Prompt, matched: int, traffic: Traffic)
     replicas = fleet.replicas(DispatchBook(5.0))
     row = fleet.row(load.replica_id)
     depths = matched_rows(fleet, {load.replica_id: matched})
-    return score(prompt, replicas, replicas.wait_ms, depths, traffic), row
+    return score(prompt, replicas, wait_ms_of(replicas), depths, traffic), row
+
+
+def wait_ms_of(replicas: Replicas) -> Floats:
+    return np.maximum(0.0, 1000 * (replicas.busy_until_s - NOW))
 
 
 def test_demand_counts_prompt_and_growth_rounded_up_once() -> None:
@@ -299,11 +303,13 @@ def test_a_route_goes_to_an_admissible_replica_and_there_is_one_whenever_there_c
     candidates = fleet.candidates(request, fleet.serving(request), None, traffic, NOW)
     prompt = Prompt(request.prompt_tokens, request.max_tokens, BLOCK_TOKENS)
     nothing = np.zeros(fleet.num_rows, dtype=np.int64)
-    scores = score(prompt, fleet.replicas(DispatchBook(5.0)), candidates.wait_ms, nothing, traffic)
+    replicas = fleet.replicas(DispatchBook(5.0))
+    scores = score(prompt, replicas, candidates.wait_ms, nothing, traffic)
     rows = {name: fleet.row(name) for name in (fresh or admissible)}
     least = min(rows.values(), key=lambda row: scores.total[row])
     noise = 1.0 + 0.05 * scores.work[least]
-    noise += candidates.noise_ms[least] + candidates.noise_ms[rows[answer.replica_id]]
+    for row in (least, rows[answer.replica_id]):
+        noise += candidates.noise_ms[row] + 12**-0.5 * replicas.step_ms[row] * (replicas.running[row] > 0)
     assert scores.total[rows[answer.replica_id]] <= scores.total[least] + noise + 1e-6
 
 
@@ -334,7 +340,7 @@ def test_more_room_never_makes_a_replica_inadmissible_or_dearer(
     totals = []
     for fleet in (before, after):
         replicas = fleet.replicas(DispatchBook(5.0))
-        totals.append(score(prompt, replicas, replicas.wait_ms, nothing, Traffic()).total[row])
+        totals.append(score(prompt, replicas, wait_ms_of(replicas), nothing, Traffic()).total[row])
     assert totals[1] <= totals[0]
 
 

@@ -115,11 +115,15 @@ def test_a_route_nobody_speaks_of_is_forgotten() -> None:
 
 
 def test_a_new_epoch_resets_the_replica() -> None:
-    """A restarted replica owes nothing: what was dispatched to its old process is not counted."""
+    """A restarted replica owes nothing: what its old process was sent and had cached is not counted."""
     router = a_router(a_load("a", epoch=1, sequence=90))
+    prompt = (b"x" * 16, b"y" * 16)
+    router.replica_events("a", 1, BlockSnapshot(last_number=2, block_hashes=prompt), NOW)
     routed(router.request(asking("q"), NOW))
     router.replica_reported(a_load("a", epoch=2, sequence=1), NOW)
     assert dispatched(router) == {"a": 0}
+    route = router.request(asking("p", block_hashes=prompt), NOW)
+    assert isinstance(route, Route) and route.matched_blocks == 0
 
 
 def test_reports_out_of_order_are_ignored() -> None:
@@ -428,3 +432,44 @@ def test_what_a_refuser_said_is_believed_at_once() -> None:
     assert routed(router.request(asking("p"), NOW)) == "b"
     gone = Refusal("unknown", 1, 1)
     assert routed(router.request(asking("r", refusals=(gone,)), NOW)) == "b"
+
+
+def test_a_refused_prompt_is_not_expected_in_the_refusers_cache() -> None:
+    """It never ran there, so the next one like it has nothing to follow."""
+    router = a_router(a_load("a"), a_load("b"))
+    prompt = tuple(bytes([i]) * 16 for i in range(10))
+    refuser = routed(router.request(asking("q", block_hashes=prompt), NOW))
+    other = "b" if refuser == "a" else "a"
+    assert routed(router.request(asking("q", block_hashes=prompt, refused_replicas=(refuser,)), NOW)) == other
+    router.replica_reported(a_load(refuser, sequence=2), NOW)
+    route = router.request(asking("p", block_hashes=prompt, refused_replicas=(other,)), NOW)
+    assert isinstance(route, Route) and (route.replica_id, route.matched_blocks) == (refuser, 0)
+    later = router.request(asking("r", block_hashes=prompt, refused_replicas=(refuser,)), NOW)
+    assert isinstance(later, Route) and (later.replica_id, later.matched_blocks) == (other, 10)
+
+
+def test_work_just_sent_is_not_worked_off_since_an_older_report() -> None:
+    """Two seconds after their reports one of two idle replicas gets 1 s of work: the other is better."""
+    step = StepCoefficients(0.0, 0.1, 0.0)
+    roomy = a_load(step=step, blocks_total=2000, blocks_free=2000)
+    router = a_router(*(msgspec.structs.replace(roomy, replica_id=name) for name in "ab"))
+    later = NOW + 2.0
+    first = routed(router.request(asking("q", prompt_tokens=10_000), later))
+    second = router.request(asking("p", prompt_tokens=10_000, refused_replicas=("b",)), later)
+    waited = 2000.0 if first == "a" else 1000.0
+    assert isinstance(second, Route) and second.predicted_ms == pytest.approx(waited, rel=0.01)
+    half_done = router.request(asking("r", prompt_tokens=10_000, refused_replicas=("b",)), later + 0.5)
+    assert isinstance(half_done, Route) and half_done.predicted_ms == pytest.approx(waited + 500, rel=0.01)
+
+
+def test_a_request_counts_once_however_often_it_was_picked_for() -> None:
+    """Two refusals and an acceptance are one request of its region."""
+    router = a_router(a_load("a"), a_load("b"))
+    for _ in range(2):
+        refuser = routed(router.request(asking("q"), NOW))
+        routed(router.request(asking("q", refusals=(Refusal(refuser, 50, 9000),)), NOW))
+    assert router.status(NOW).regions == {}
+    home = routed(router.request(asking("q"), NOW))
+    for _ in range(2):  # the news may come twice
+        router.update(update("q", home, "accepted", submission=1), NOW)
+    assert router.status(NOW).regions["us-east"].num_accepted == 1

@@ -41,8 +41,8 @@ STATUS = RouterStatus(
     unreported=("d",),
     waiting={"m": 6},
     regions={
-        "eu": RegionStatus(num_routed=70, ttft_p50_ms=123.4, is_home=True),
-        "us": RegionStatus(num_routed=30, ttft_p50_ms=None, is_home=False),
+        "eu": RegionStatus(num_accepted=70, ttft_p50_ms=123.4, is_home=True),
+        "us": RegionStatus(num_accepted=30, ttft_p50_ms=None, is_home=False),
     },
 )
 
