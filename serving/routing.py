@@ -60,7 +60,7 @@ STEP_DEVIATION = 12**-0.5
 """How much of the step under way is over nobody knows: it is spread evenly."""
 
 PREDICTION_ERROR = 0.05
-"""Of the step-time model; scores closer than this part of their work are not told apart."""
+"""Of the step-time model, as a part of the work by which two replicas differ: what is equal errs alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,8 @@ def drain_ms(blocks: int, new_tokens: int, replicas: Replicas, serves: Bools) ->
 def _choose(scores: Scores, rivals: Ints, headroom: Ints, noise_ms: Floats, rng: random.Random) -> int:
     totals = scores.total[rivals]
     first = rivals[int(totals.argmin())]
-    noise = 1.0 + PREDICTION_ERROR * scores.work[first] + noise_ms[rivals] + noise_ms[first]
+    work = scores.work[rivals]
+    noise = 1.0 + PREDICTION_ERROR * abs(work - scores.work[first]) + noise_ms[rivals] + noise_ms[first]
     equals = rivals[totals <= scores.total[first] + noise]
     if len(equals) == 1:
         return int(first)
