@@ -1,4 +1,4 @@
-"""What a process that runs for days needs: tasks that do not die unnoticed, and a quiet garbage collector.
+"""What a process that runs for days needs: tasks that do not die unnoticed, and quiet memory.
 
 A task runs as long as its owner does; its error fails the health check.
 """
@@ -11,10 +11,15 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+import numpy as np
+
 logger = logging.getLogger(__name__)
 
 COLLECTOR_THRESHOLDS = (50_000, 50, 100)
 """Of `gc.set_threshold`: cycles are few here, and a pass over everything is long."""
+
+LARGEST_KEPT_BYTES = (32 << 20) - (1 << 16)
+"""glibc's own limit, `DEFAULT_MMAP_THRESHOLD_MAX`, less a margin for its header."""
 
 
 class Background:
@@ -55,3 +60,13 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*COLLECTOR_THRESHOLDS)
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep what is freed, where arrays of 100 KB come and go thousands of times a second.
+
+    glibc hands the end of its heap back to the kernel as soon as 128 KiB of it are free, and each page that
+    is taken again is a fault. It raises that limit, to twice the size, when a block that it had mapped by
+    itself is freed (mallopt(3), M_MMAP_THRESHOLD). With other C libraries nothing changes.
+    """
+    np.empty(LARGEST_KEPT_BYTES, dtype=np.uint8)

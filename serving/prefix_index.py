@@ -61,8 +61,10 @@ class PrefixIndex:
         replica = self._replicas.get(row)
         if replica is not None and epoch < replica.epoch:
             return True  # of a process that is gone
-        if replica is None or epoch > replica.epoch:
+        if replica is not None and epoch > replica.epoch:
             self.forget(row)
+            replica = None
+        if replica is None:
             replica = self._replicas[row] = _Replica(row, epoch)
         if isinstance(news, BlockSnapshot):
             if replica.is_whole and news.last_number < replica.last_number:
@@ -106,19 +108,18 @@ class PrefixIndex:
             return depths
         holders = self._holders
 
-        def descend(low: int, mask: int, high: int, high_mask: int) -> None:
-            """`mask` holds block `low`, `high_mask` block `high`: who drops out between them?"""
+        # A loop: a function that calls itself is a cycle, which keeps its arrays until one is searched for.
+        spans = [(0, _bits(holders.get(hashes[0], 0)), len(hashes), 0)]
+        while spans:  # `mask` holds block `low`, `high_mask` block `high`: who drops out between them?
+            low, mask, high, high_mask = spans.pop()
             if mask == high_mask:
-                return
+                continue
             if high - low == 1:
                 depths[_rows(mask & ~high_mask, num_rows)] = high
-                return
+                continue
             middle = (low + high) // 2
-            middle_mask = holders.get(hashes[middle], 0) & mask
-            descend(low, mask, middle, middle_mask)
-            descend(middle, middle_mask, high, high_mask)
-
-        descend(0, holders.get(hashes[0], 0), len(hashes), 0)
+            middle_mask = _bits(holders.get(hashes[middle], 0)) & mask
+            spans += ((low, mask, middle, middle_mask), (middle, middle_mask, high, high_mask))
         expected: dict[int, int] = {}
         for number in reversed(_powers(len(hashes))):
             sharing = self._expected.get(hashes[number - 1])
@@ -146,13 +147,14 @@ class PrefixIndex:
         for replica in self._replicas.values():
             for block_hash in replica.blocks:
                 told[block_hash] = told.get(block_hash, 0) | 1 << replica.row
-        assert told == self._holders
+        assert told == {block_hash: _bits(held) for block_hash, held in self._holders.items()}
         assert self._num_blocks == sum(len(replica.blocks) for replica in self._replicas.values())
 
     def _add(self, replica: _Replica, block_hash: bytes) -> None:
         if block_hash not in replica.blocks and self._num_blocks < self._max_blocks:
             replica.blocks.add(block_hash)
-            self._holders[block_hash] = self._holders.get(block_hash, 0) | 1 << replica.row
+            held = self._holders.get(block_hash)
+            self._holders[block_hash] = ~replica.row if held is None else _bits(held) | 1 << replica.row
             self._num_blocks += 1
 
     def _remove(self, replica: _Replica, block_hash: bytes) -> None:
@@ -167,11 +169,13 @@ class PrefixIndex:
 
     def _release(self, replica: _Replica, block_hash: bytes) -> None:
         self._num_blocks -= 1
-        left = self._holders[block_hash] & ~(1 << replica.row)
-        if left:
+        left = _bits(self._holders[block_hash]) & ~(1 << replica.row)
+        if not left:
+            del self._holders[block_hash]
+        elif left & (left - 1):
             self._holders[block_hash] = left
         else:
-            del self._holders[block_hash]
+            self._holders[block_hash] = ~(left.bit_length() - 1)
 
     def _expire(self, now: float) -> None:
         while self._order and self._order[0][0] <= now:
@@ -192,6 +196,11 @@ def _rows(mask: int, num_rows: int) -> NDArray[np.bool_]:
     """The bits of `mask`, as [num_rows]."""
     octets = np.frombuffer(mask.to_bytes((num_rows + 7) // 8, "little"), dtype=np.uint8)
     return np.unpackbits(octets, count=num_rows, bitorder="little").view(np.bool_)
+
+
+def _bits(holders: int) -> int:
+    """A sole holder is kept as the complement of its row: as a bit it would take a byte for each 8 rows."""
+    return holders if holders >= 0 else 1 << ~holders
 
 
 def _powers(length: int) -> list[int]:

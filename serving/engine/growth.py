@@ -20,8 +20,8 @@ need beyond what they hold is no room for a new request: the replica reports it 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence as Collection
-from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,4 @@ class OutputGrowth:
     def _num_own(self, sequence: Sequence) -> int:
         """Blocks that nobody else reads: all but the first ones, since a match is of a prefix."""
         readers, table = self._pool.num_readers, sequence.block_table
-        if not table or readers(table[0]) == 1:
-            return len(table)
-        return len(table) - sum(1 for _ in takewhile(lambda block: readers(block) > 1, table))
+        return len(table) - bisect_left(table, True, key=lambda block: readers(block) == 1)

@@ -3,33 +3,27 @@
     submit, abort ──► scheduler ──schedule──► step ──its predicted ms──► complete ──► ended, first token
                           └──────── or a DecodeRun of many steps, cut short by whatever comes ──┘
 
-What it tells routers it tells as replicas do: after a step that changed something, at most every
-50 ms, and now and then while only decodes go on or nothing does. What a report shows is a frame: the
-replica as it is at the end of a step.
+What it tells routers, and when, is `reports.Reports`.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Protocol, cast
 
-import msgspec
 import numpy as np
 
 from cluster.load import ReplicaLoad
 from serving.engine.block_pool import BlockPool
 from serving.engine.scheduled_step import Chunk, ScheduledStep
-from serving.engine.scheduler import LoadFigures, SchedulerLimits
+from serving.engine.scheduler import SchedulerLimits
 from serving.engine.sequence import Sequence
 from serving.engine.step_time import StepShape
-from serving.load_reporter import BUSY_INTERVAL_S, IDLE_INTERVAL_S
-from serving.messages import BlockEvent, BlockEvents, BlockSnapshot, FinishReason, SubmitReply
+from serving.messages import BlockEvents, BlockSnapshot, FinishReason, SubmitReply
 from serving.simulator.agenda import Agenda
-from serving.simulator.contract import MODEL, SimReplica, SimSetup
+from serving.simulator.contract import SimReplica, SimSetup
 from serving.simulator.engine import DecodeRun, SimScheduler, SimSequence
 from serving.simulator.pace import Pace
-
-EPOCH = 1  # who dies stays dead
+from serving.simulator.reports import Reports
 
 
 class ReplicaEvents(Protocol):
@@ -57,24 +51,22 @@ class SimulatedReplica:
         self._events = events
         self._fast_forward = setup.fast_forward and not spec.pace
         self._pace = Pace(spec.pace) if spec.pace else None
-        self._decode_report_s = setup.decode_report_s
         limits = SchedulerLimits(spec.max_num_seqs, spec.max_step_tokens, spec.max_context_tokens)
         self._scheduler = SimScheduler(BlockPool(spec.num_blocks, setup.block_tokens), limits)
+        self._reports = Reports(
+            spec,
+            self._scheduler,
+            agenda,
+            setup.decode_report_s,
+            lambda load, news: events.reported(self, load, news),
+            self._put_off,
+        )
         self._sequences: dict[str, SimSequence] = {}
         self._step: ScheduledStep | None = None  # at most one of these is under way
         self._step_ends_s = 0.0
         self._run: DecodeRun | None = None
         self._is_change = False  # the step under way is worth a report
         self._accepted_since_frame = False
-
-        self._num_reports = 0
-        self._reported_s = 0.0
-        self._due_s = 0.0  # when the next report is to be made, if nothing changes until then
-        self._timer_s = math.inf
-        self._is_overdue = False  # a report is to be made at the end of the step under way
-        self._frame: LoadFigures | None = None  # of a change that is not told yet
-        self._news: list[BlockEvent] = []  # up to the last frame, not told yet
-        self._num_told = 0  # block events
 
         self._held_blocks = 0
         self._held_block_s = 0.0  # integral of the held blocks over time, up to:
@@ -111,6 +103,7 @@ class SimulatedReplica:
             self._end_run(self._run, self._run.steps_by(now))
         self._count_blocks(now)
         self.died_s = now
+        self._reports.is_over = True
         self._step = None
         lost = list(self._sequences.values())
         self._sequences.clear()
@@ -162,7 +155,7 @@ class SimulatedReplica:
         now = self._agenda.now
         self._step = None
         drawn = [cast(SimSequence, chunk.sequence).next_token for chunk in step.chunks if chunk.wants_token]
-        is_change = self._is_change or self._accepted_since_frame or self._is_overdue
+        is_change = self._is_change or self._accepted_since_frame or self._reports.is_overdue
         for delta in self._scheduler.complete(step, np.array(drawn, dtype=np.int32), now):
             if delta.times is not None:
                 self._events.first_token(self._sequences[delta.request_id], now)
@@ -171,17 +164,17 @@ class SimulatedReplica:
                 self._events.ended(self._sequences.pop(delta.request_id), delta.finish_reason, now)
         self._count_blocks(now)
         self._accepted_since_frame = False
-        self._gather_news()
+        self._reports.gather_news()
         if is_change:
-            self._changed(now)
+            self._reports.changed(now)
         self._begin(now)
 
     def _run_ended(self, run: DecodeRun) -> None:
         if run is not self._run:
             return  # it was cut short
         self._end_run(run, run.num_steps)
-        if self._is_overdue:
-            self._report(self._agenda.now)
+        if self._reports.is_overdue:
+            self._reports.report(self._agenda.now)
         self._begin(self._agenda.now)
 
     def _cut_run(self, now: float) -> None:
@@ -205,7 +198,7 @@ class SimulatedReplica:
         if self._run is not None:
             self._scheduler.go_on(self._run, self._run.steps_by(now))
             self._count_blocks(now)
-            self._gather_news()
+            self._reports.gather_news()
 
     def _end_aborted(self) -> None:
         for delta in self._scheduler.take_ends():
@@ -217,93 +210,27 @@ class SimulatedReplica:
 
     def report_first(self) -> ReplicaLoad:
         """What it says when it has just started; from then on it reports by itself."""
-        self._wait_until(IDLE_INTERVAL_S)
-        return self._load(self._scheduler.load())
+        return self._reports.first()
 
     def snapshot(self) -> BlockSnapshot:
         """Its cached blocks, after all news so far has been told."""
         self._bring_up_to(self._agenda.now)
-        self._gather_news()
-        self._report(self._agenda.now)
+        self._reports.gather_news()
+        self._reports.report(self._agenda.now)
         return self._scheduler.pool.snapshot()
 
-    def _changed(self, now: float) -> None:
-        """A frame that is worth telling; soon, if the last one was told just now."""
-        if now >= self._reported_s + BUSY_INTERVAL_S:
-            self._report(now)
-        else:
-            self._frame = self._scheduler.load()
-            self._wait_until(min(self._due_s, self._reported_s + BUSY_INTERVAL_S))
-
-    def _wait_until(self, due_s: float) -> None:
-        self._due_s = due_s
-        if due_s < self._timer_s:  # else the timer set earlier goes off first, and is set anew
-            self._timer_s = due_s
-            self._agenda.at(due_s, self._timer, due_s)
-
-    def _timer(self, set_to_s: float) -> None:
-        if set_to_s != self._timer_s:
-            return  # an earlier one has been set since
-        self._timer_s = math.inf
-        if self.died_s is not None or self._agenda.is_closing:
-            return
-        if self._due_s > set_to_s:
-            self._wait_until(self._due_s)
-        else:
-            self._due(set_to_s)
-
-    def _due(self, due_s: float) -> None:
-        if self._frame is None and self._run is not None:
-            self._is_overdue = True
+    def _put_off(self, due_s: float) -> bool:
+        """Whether a report waits for the end of the step under way."""
+        if self._run is not None:
             next_step = min(self._run.steps_by(due_s) + 1, self._run.num_steps)
             self._agenda.at(self._run.time_of(next_step), self._step_of_run_ended, self._run)
-        elif self._frame is None and self._step is not None:
-            self._is_overdue = True
-        else:
-            self._report(self._agenda.now)
+            return True
+        return self._step is not None
 
     def _step_of_run_ended(self, run: DecodeRun) -> None:
-        if run is self._run and self._is_overdue:
+        if run is self._run and self._reports.is_overdue:
             self._bring_up_to(self._agenda.now)
-            self._report(self._agenda.now)
-
-    def _report(self, now: float) -> None:
-        """Tell the last frame."""
-        figures, self._frame = self._frame, None
-        self._is_overdue = False
-        self._reported_s = now
-        news = None
-        if self._news:
-            news = BlockEvents(first_number=self._num_told + 1, events=tuple(self._news))
-            self._num_told += len(self._news)
-            self._news.clear()
-        self._events.reported(self, self._load(figures or self._scheduler.load()), news)
-        self._wait_until(now + (self._decode_report_s if self._sequences else IDLE_INTERVAL_S))
-
-    def _gather_news(self) -> None:
-        """Called at the end of every step, as an engine drains its log once a step."""
-        events = self._scheduler.pool.events
-        news = events.drain()
-        if news is not None:
-            if news.first_number != self._num_told + len(self._news) + 1:  # the log had to drop some
-                self._news.clear()
-                self._num_told = news.first_number - 1
-            self._news += news.events
-
-    def _load(self, figures: LoadFigures) -> ReplicaLoad:
-        self._num_reports += 1
-        return ReplicaLoad(
-            **msgspec.structs.asdict(figures),
-            replica_id=self.spec.name,
-            model=MODEL,
-            region=self.spec.region,
-            epoch=EPOCH,
-            sequence=self._num_reports,
-            step=self.spec.step,
-            num_observations=1 << 20,  # the model is the truth here
-            max_step_tokens=self.spec.max_step_tokens,
-            max_num_seqs=self.spec.max_num_seqs,
-        )
+            self._reports.report(self._agenda.now)
 
     # ---- facts ----------------------------------------------------------------------------------
 
@@ -334,8 +261,11 @@ class SimulatedReplica:
     def check_emptied(self) -> None:
         """Assert that it serves nobody and that every block is free or evictable."""
         assert not self._sequences and self._step is None and self._run is None
-        self._scheduler.check_integrity()
         assert not self._scheduler.has_work and self._scheduler.num_held_blocks == 0
+
+    def check_integrity(self) -> None:
+        """Assert that its scheduler's books agree, block by block."""
+        self._scheduler.check_integrity()
 
     def _count_blocks(self, now: float) -> None:
         """Add up what was held since the last time, taken to have grown evenly in a run."""

@@ -13,7 +13,8 @@ from cluster.load import ReplicaLoad
 from serving.messages import BlockEvents, BlockSnapshot, DispatchUpdate, Queued, RouteReply, RouteRequest
 from serving.simulator.agenda import Agenda
 from serving.simulator.contract import MakePolicy, Policy, SimSetup
-from serving.simulator.replica import EPOCH, SimulatedReplica
+from serving.simulator.replica import SimulatedReplica
+from serving.simulator.reports import EPOCH
 
 TICK_S = 0.1
 

@@ -2,38 +2,24 @@
 
 from dataclasses import replace
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoscaler.signals import Demand, Targets, replicas_needed
 from cluster.load import ReplicaLoad, StepCoefficients
+from tests.cluster import load_cases
 
 
 def a_load(**changes: object) -> ReplicaLoad:
     """A 70B model on four H100s, about: 10 ms to read the weights, 14,000 prompt tokens a second."""
-    idle = ReplicaLoad(
-        replica_id="r",
-        model="m",
-        region="us-east",
-        epoch=1,
-        sequence=1,
-        last_submission=0,
-        blocks_total=26_000,
-        blocks_free=26_000,
-        blocks_evictable=0,
-        blocks_reserved=0,
-        num_running=0,
-        num_waiting=0,
-        prefill_backlog_tokens=0,
-        decode_kv_tokens=0,
-        step=StepCoefficients(10.0, 0.07, 0.0),
-        max_step_tokens=8192,
-        max_num_seqs=64,
-        num_observations=1000,
-    )
-    return msgspec.structs.replace(idle, **changes)
+    idle = {
+        "blocks_total": 26_000,
+        "blocks_free": 26_000,
+        "step": StepCoefficients(10.0, 0.07, 0.0),
+        "max_step_tokens": 8192,
+    }
+    return load_cases.a_load("r", **{**idle, **changes})
 
 
 def test_long_idle_contexts_are_sized_by_memory() -> None:

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.load import ReplicaLoad, StepCoefficients, by_region
+from tests.cluster.load_cases import a_load
 
 counts = st.integers(0, 1000)
 loads = st.builds(
@@ -61,23 +62,4 @@ def test_a_step_costs_its_base_its_tokens_and_the_context_it_reads() -> None:
 
 
 def _load(free: int, evictable: int, reserved: int) -> ReplicaLoad:
-    return ReplicaLoad(
-        replica_id="r",
-        model="m",
-        region="us-east",
-        epoch=1,
-        sequence=1,
-        last_submission=0,
-        blocks_total=20,
-        blocks_free=free,
-        blocks_evictable=evictable,
-        blocks_reserved=reserved,
-        num_running=0,
-        num_waiting=0,
-        prefill_backlog_tokens=0,
-        decode_kv_tokens=0,
-        step=StepCoefficients(1.0, 0.0, 0.0),
-        max_step_tokens=512,
-        max_num_seqs=64,
-        num_observations=1000,
-    )
+    return a_load(blocks_free=free, blocks_evictable=evictable, blocks_reserved=reserved)

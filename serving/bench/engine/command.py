@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,17 +11,15 @@ from typing import Annotated, Any
 import msgspec
 import typer
 from rich.console import Console
-from rich.markup import escape
 
+from serving.bench.commands import check_folder, errors_told, plotter
 from serving.bench.engine import prefix, pressure, quality, session, step_accuracy, tpot
 from serving.bench.engine.figures import Load
 from serving.bench.engine.offline import EngineSetup
-from serving.bench.engine.peers import SCRIPTS, PeerFailed, PeerSpec
-from serving.bench.engine.report import Report, write_json
+from serving.bench.engine.peers import SCRIPTS, PeerSpec
+from serving.bench.engine.report import write_json
 from serving.bench.engine.tables import print_report
-from serving.errors import ConfigError, SearoomError
-
-Plotter = Callable[[Report, Path], None]
+from serving.errors import ConfigError
 
 
 def engine(
@@ -82,8 +77,10 @@ def engine(
     console = Console()
     setup = EngineSetup(source=model, threads=threads)
     dtypes = tuple(part.strip() for part in dtype.split(","))
-    with _errors_told(console):
-        write_plot = None if plot is None else _plotter()
+    with errors_told():
+        write_plot = None if plot is None else plotter("serving.bench.engine.plot")
+        check_folder("--json", json_file)
+        check_folder("--plot", plot)
         results: dict[str, Any] = {}
         if pressure_share is not None:
             results["pressure"] = [
@@ -127,15 +124,6 @@ def engine(
         raise typer.Exit(1)
 
 
-@contextmanager
-def _errors_told(console: Console) -> Iterator[None]:
-    try:
-        yield
-    except (SearoomError, PeerFailed) as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}")
-        raise typer.Exit(1) from error
-
-
 def _sizes(batch: str) -> list[int]:
     parts = batch.split(",")
     if not all(part.strip().isdigit() and int(part) for part in parts):
@@ -151,14 +139,3 @@ def _peers(names: list[str], pythons: list[str]) -> tuple[PeerSpec, ...]:
     if len(set(names)) != len(names):
         raise ConfigError(f"--peer: {', '.join(names)} names one twice")
     return tuple(PeerSpec.named(name, python) for name, python in zip(names, pythons, strict=True))
-
-
-def _plotter() -> Plotter:
-    """Found before anything is measured, so that a missing library costs no run."""
-    try:
-        write: Plotter = importlib.import_module("serving.bench.engine.plot").write_plot
-    except ModuleNotFoundError as missing:
-        raise ConfigError(
-            f"--plot: {missing.name} is not installed: pip install 'searoom[bench]'"
-        ) from missing
-    return write

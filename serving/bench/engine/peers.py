@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from serving.errors import SearoomError
+
 FOLDER = Path(__file__).parent
 SCRIPTS = {
     "transformers": FOLDER / "peer_transformers.py",
@@ -23,7 +25,7 @@ LOAD_TIMEOUT_S = 600.0
 REPLY_TIMEOUT_S = 900.0
 
 
-class PeerFailed(Exception):
+class PeerFailed(SearoomError):
     """A peer does not start, or ended; says what its last words were and what to do."""
 
 

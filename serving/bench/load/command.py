@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import ipaddress
 import resource
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +17,10 @@ from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from serving import running
 from serving.auth import load_key
+from serving.bench.commands import check_folder, errors_told, plotter
 from serving.bench.load.client import Target, first_model
 from serving.bench.load.figures import Slo, figures
 from serving.bench.load.plan import Kind, Plan, parse_endpoint, parse_streams
@@ -37,11 +36,10 @@ from serving.bench.load.report import (
 )
 from serving.bench.load.run import Run
 from serving.bench.router.workload import Workload
-from serving.errors import ConfigError, SearoomError
+from serving.errors import ConfigError
 
 DEFAULT_STREAMS = "1,32"
 INTERRUPTED_EXIT = 130
-Plotter = Callable[[Report, Path], None]
 
 
 def load(
@@ -99,10 +97,10 @@ def load(
     console = Console(width=None if sys.stdout.isatty() else 140)
     is_closed = streams is not None or (rate is None and trace is None)
     slo = None if slo_ttft_ms is None and slo_tpot_ms is None else Slo(slo_ttft_ms, slo_tpot_ms)
-    with _errors_told():
-        write_plot = None if plot is None else _plotter()
-        _check_folder("--json", json_file)
-        _check_folder("--plot", plot)
+    with errors_told():
+        write_plot = None if plot is None else plotter("serving.bench.load.plot")
+        check_folder("--json", json_file)
+        check_folder("--plot", plot)
         plan = Plan(
             workload=workload,
             trace=trace,
@@ -136,7 +134,7 @@ def load(
         runs=tuple(_run_report(plan, number, run, slo) for number, run in enumerate(runs)),
     )
     _print(report, console, is_closed, detail)
-    with _errors_told():
+    with errors_told():
         if json_file is not None:
             _written(json_file, lambda path: write_json(report, path))
         if plot is not None and write_plot is not None:
@@ -229,35 +227,8 @@ def _allow_many_connections() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-@contextmanager
-def _errors_told() -> Iterator[None]:
-    try:
-        yield
-    except SearoomError as error:
-        errors = Console(stderr=True, soft_wrap=True)
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-        raise typer.Exit(1) from error
-
-
-def _check_folder(flag: str, path: Path | None) -> None:
-    """Before anything is measured, so that a slip costs no run."""
-    if path is not None and not path.parent.is_dir():
-        raise ConfigError(f"{flag} {path}: there is no folder {path.parent}")
-
-
 def _written(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def _plotter() -> Plotter:
-    """Found before anything is measured, so that a missing library costs no run."""
-    try:
-        write: Plotter = importlib.import_module("serving.bench.load.plot").write_plot
-    except ModuleNotFoundError as missing:
-        raise ConfigError(
-            f"--plot: {missing.name} is not installed: pip install 'searoom[bench]'"
-        ) from missing
-    return write

@@ -15,7 +15,7 @@ from serving.bench.router.workload import Workload
 from serving.block_hash import hash_blocks, hash_root
 from serving.messages import RouteRequest, SamplingParams, Submit
 from serving.simulator import SimRequest, SimSetup
-from serving.simulator.journeys import route_request
+from serving.simulator.journey import route_request
 
 INGRESS = "ingress"
 MAX_NEW_TOKENS = 256  # everybody's limit: it tells nothing of a reply's length

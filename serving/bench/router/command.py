@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from serving.bench.commands import check_folder, errors_told, plotter, progress_bar
 from serving.bench.router.calibrate import calibrate
 from serving.bench.router.decisions import measure_decisions
 from serving.bench.router.figures import Objective
+from serving.bench.router.large_fleet import REQUESTS_A_REPLICA, run_large_fleet
 from serving.bench.router.plan import ComparisonPlan, default_policies, run_all
 from serving.bench.router.policies import OMNISCIENT, OURS, named
 from serving.bench.router.report import Report, write_json
 from serving.bench.router.runs import Scenario, Source, workload_of
 from serving.bench.router.tables import print_report
-from serving.errors import ConfigError, SearoomError
+from serving.errors import ConfigError
 
 GENERATED = "generated"
-
-Plotter = Callable[[Report, Path], None]
+REQUESTS = 2000
 
 
 def router(
@@ -57,8 +53,13 @@ def router(
     stale_ms: Annotated[float, typer.Option(min=0, help="Extra age of all that routers hear.")] = 0.0,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, of which the median counts.")] = 5,
     requests: Annotated[
-        int, typer.Option(min=0, help="A run; of a trace, each seed has its own window. 0: the whole trace.")
-    ] = 2000,
+        int | None,
+        typer.Option(
+            min=0,
+            help=f"A run; of a trace, each seed has its own window. 0: the whole trace. Default: {REQUESTS}, "
+            f"or {REQUESTS_A_REPLICA} a replica of a --fleet.",
+        ),
+    ] = None,
     ttft_s: Annotated[float, typer.Option(min=0, help="Goodput's limit.")] = Objective().ttft_s,
     tpot_ms: Annotated[float, typer.Option(min=0, help="Goodput's limit.")] = Objective().tpot_ms,
     processes: Annotated[int, typer.Option(min=0, help="0: one a core.")] = 0,
@@ -68,6 +69,11 @@ def router(
     decisions: Annotated[
         bool, typer.Option("--decisions", help="Instead: how long one decision takes.")
     ] = False,
+    fleet: Annotated[
+        int | None,
+        typer.Option(min=1, help="Instead: our policy among so many replicas, once; and its cost."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="In which a --fleet's requests arrive.")] = 60.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write every figure there.")
     ] = None,
@@ -80,18 +86,26 @@ def router(
     Replicas are Qwen3-32B on two H100 by the roofline; each has the engine's own scheduler and blocks.
     """
     console = Console()
-    with _errors_told(console):
+    objective = Objective(ttft_s, tpot_ms)
+    with errors_told():
+        check_folder("--json", json_file)
+        check_folder("--plot", plot)
         if with_calibration:
             calibrate(console, json_file)
             return
         if decisions:
             measure_decisions(console)
             return
+        if fleet is not None:
+            run_large_fleet(fleet, seconds, requests, objective, console, json_file)
+            return
         if trace is None and workload != GENERATED:
             raise ConfigError(f'--workload {workload}: "{GENERATED}" is the only one; or give a --trace')
-        write_plot = None if plot is None else _plotter()
+        write_plot = None if plot is None else plotter("serving.bench.router.plot")
         plan = ComparisonPlan(
-            source=Source(trace, raw_times, _num_requests(requests, trace), seeds),
+            source=Source(
+                trace, raw_times, _num_requests(REQUESTS if requests is None else requests, trace), seeds
+            ),
             scenario=Scenario(
                 name=f"{routers} router{'s' * (routers > 1)}, {stale_ms:g} ms stale",
                 load=load,
@@ -102,7 +116,7 @@ def router(
             ),
             policies=_policies(policies, compare),
             num_seeds=seeds,
-            objective=Objective(ttft_s, tpot_ms),
+            objective=objective,
             whole=compare,
         )
         report = _run(plan, processes or os.cpu_count() or 1, console)
@@ -120,8 +134,7 @@ def _run(plan: ComparisonPlan, num_processes: int, console: Console) -> Report:
     # Made here first, so that a broken trace is told before any process is started.
     example = workload_of(plan.source, plan.scenarios()[0][0], 0)
     num_processes = max(1, min(num_processes, len(jobs)))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("simulating", total=len(jobs) + plan.num_seeds)
         runs, oracles = run_all(plan, num_processes, lambda: progress.advance(task))
     return Report(
@@ -147,23 +160,3 @@ def _num_requests(requests: int, trace: Path | None) -> int:
     if requests == 0 and trace is None:
         raise ConfigError("--requests 0 is a whole trace; say how many to generate, like 2000")
     return requests
-
-
-@contextmanager
-def _errors_told(console: Console) -> Iterator[None]:
-    try:
-        yield
-    except SearoomError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}")
-        raise typer.Exit(1) from error
-
-
-def _plotter() -> Plotter:
-    """Found before anything is simulated, so that a missing library costs no run."""
-    try:
-        write: Plotter = importlib.import_module("serving.bench.router.plot").write_plot
-    except ModuleNotFoundError as missing:
-        raise ConfigError(
-            f"--plot: {missing.name} is not installed: pip install 'searoom[bench]'"
-        ) from missing
-    return write

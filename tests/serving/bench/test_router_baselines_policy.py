@@ -6,7 +6,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from cluster.load import ReplicaLoad, StepCoefficients
+from cluster.load import StepCoefficients
 from serving.bench.router.baseline_policy import BaselinePolicy
 from serving.bench.router.baseline_regions import SkyWalker
 from serving.bench.router.baseline_scores import Dynamo, RoundRobin
@@ -21,29 +21,10 @@ from serving.messages import (
     RouteRequest,
 )
 from serving.simulator import DONE, SimReplica, SimRequest, SimSetup, simulate
+from tests.serving.routing_cases import BLOCK_TOKENS, a_load
 
-BLOCK_TOKENS = 16
 STEP = StepCoefficients(base_ms=8.0, per_token_ms=0.06, per_kv_token_ms=2e-5)
-LOAD = ReplicaLoad(
-    replica_id="a",
-    model="m",
-    region="here",
-    epoch=1,
-    sequence=1,
-    last_submission=0,
-    blocks_total=100,
-    blocks_free=100,
-    blocks_evictable=0,
-    blocks_reserved=0,
-    num_running=0,
-    num_waiting=0,
-    prefill_backlog_tokens=0,
-    decode_kv_tokens=0,
-    step=STEP,
-    max_step_tokens=512,
-    max_num_seqs=64,
-    num_observations=1000,
-)
+LOAD = a_load("a", region="here")
 
 
 def request(name, blocks=4, refused=(), deadline_s=1e9):

@@ -3,7 +3,6 @@
 import msgspec
 import pytest
 
-from cluster.load import ReplicaLoad, StepCoefficients
 from serving.bench.router.baseline_affinity import (
     RayPrefix,
     SglangCacheAware,
@@ -14,28 +13,7 @@ from serving.bench.router.baseline_affinity import (
 from serving.bench.router.baseline_regions import SkyWalker
 from serving.bench.router.baseline_scores import Dynamo, LeastKv, LlmD, LMetric, PowerOfTwo, RoundRobin
 from serving.bench.router.baseline_views import Asked, Candidate
-
-BLOCK_TOKENS = 16
-IDLE = ReplicaLoad(
-    replica_id="",
-    model="m",
-    region="here",
-    epoch=1,
-    sequence=1,
-    last_submission=0,
-    blocks_total=100,
-    blocks_free=100,
-    blocks_evictable=0,
-    blocks_reserved=0,
-    num_running=0,
-    num_waiting=0,
-    prefill_backlog_tokens=0,
-    decode_kv_tokens=0,
-    step=StepCoefficients(1.0, 0.0, 0.0),
-    max_step_tokens=512,
-    max_num_seqs=64,
-    num_observations=1000,
-)
+from tests.serving.routing_cases import BLOCK_TOKENS, a_load
 
 
 def fleet(count=3, **reported):
@@ -43,7 +21,7 @@ def fleet(count=3, **reported):
     candidates = []
     for row in range(count):
         figures = {name: values[row] for name, values in reported.items()}
-        load = msgspec.structs.replace(IDLE, replica_id="ABCDEFGH"[row], **figures)
+        load = a_load("ABCDEFGH"[row], region="here", **figures)
         candidates.append(Candidate("ABCDEFGH"[row], "here", row, load=load))
     return candidates
 
