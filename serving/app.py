@@ -35,6 +35,12 @@ ROUTER_DRAIN_S = 2.0  # its streams never end by themselves; who asked the old o
 # Waiting OpenMP threads spin for some microseconds, then sleep: a rank shares its cores with Ingress
 # and Ray. Sleeping at once halved a step's speed on 2 cores, spinning on starved the others.
 CPU_ENVIRONMENT = {"GOMP_SPINCOUNT": "10000"}
+# Their code shares Ray's event loop, which is uvloop: nothing in them blocks it, and a thread of its own
+# costs two hops a call.
+CONTROL_ENVIRONMENT = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
 # A line a call would be a line a load report; requests are logged once, by Ingress.
 NO_ACCESS_LOG = {"enable_access_log": False}
 
@@ -120,7 +126,10 @@ def compose(plan: Plan) -> Application:
 def _control_deployment(
     cls: Any, name: str, config: SearoomConfig, *, num_replicas: int, drain_s: float
 ) -> Any:
-    actor_options: dict[str, Any] = {"num_cpus": REPLICA_CPUS}
+    actor_options: dict[str, Any] = {
+        "num_cpus": REPLICA_CPUS,
+        "runtime_env": {"env_vars": CONTROL_ENVIRONMENT},
+    }
     if config.pin_regions:
         actor_options["label_selector"] = {REGION_LABEL: config.home}
     deployment: Any = serve.deployment(cls)

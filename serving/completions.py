@@ -61,6 +61,11 @@ class Reply:
             return "stop"
         return self.generation.finish_reason or "abort"
 
+    @property
+    def is_decided(self) -> bool:
+        """Why it ends is known: what is still to come of it comes without waiting."""
+        return self._decoder.stopped or self.generation.finish_reason is not None
+
     async def text(self) -> AsyncGenerator[str]:
         """Pieces of text, possibly empty, one a step. Closing it early aborts the request."""
         async with aclosing(self.generation.run()) as deltas:

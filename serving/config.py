@@ -115,7 +115,13 @@ class AuthConfig(_Frozen):
 
 
 class IngressConfig(_Frozen):
+    """With a `port`, Ingress answers HTTP itself on each of its nodes; Serve's proxy costs several times as
+    much. Without one, only Serve's proxy does.
+    """
+
     replicas: Count = 1
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(gt=0, lt=1 << 16)] | None = None
     max_body_bytes: Count = 4 << 20
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     auth: AuthConfig = AuthConfig()

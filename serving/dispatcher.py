@@ -259,7 +259,7 @@ class Dispatcher:
         request = waiting.request
         if still_refusing != request.refused_replicas:
             request = msgspec.structs.replace(request, refused_replicas=still_refusing)
-        prompt = self._prompt(request)
+        prompt = waiting.prompt
         traffic = self._fleet.traffic(now)
         replicas = self._fleet.replicas(self._book)
         serves = self._fleet.serving(request)
@@ -315,7 +315,7 @@ class Dispatcher:
             arrival=arrival,
             since_s=now,
             expires_s=min(request.deadline_s, now + self._limits.max_wait_s),
-            blocks=self._prompt(request).demand_blocks,
+            prompt=self._prompt(request),
             num_bytes=REQUEST_BYTES + HASH_BYTES * len(request.block_hashes),
             refused_at={name: report_order(load) for name, load in refusers if load is not None},
         )
@@ -338,7 +338,7 @@ class Dispatcher:
 
     def _queued(self, waiting: Waiting, now: float) -> Queued:
         ahead, blocks_ahead = self._queue.ahead(waiting)
-        wait_ms = self._drain_ms(waiting, blocks_ahead + waiting.blocks, now)
+        wait_ms = self._drain_ms(waiting, blocks_ahead + waiting.prompt.demand_blocks, now)
         return Queued(
             request_id=waiting.request.request_id,
             position=ahead + 1,
@@ -348,7 +348,7 @@ class Dispatcher:
     def _overloaded(self, waiting: Waiting, why: str, now: float) -> Overloaded:
         """Retry when what is before it, and it itself, has drained."""
         _, blocks_ahead = self._queue.ahead(waiting)
-        wait_ms = self._drain_ms(waiting, blocks_ahead + waiting.blocks, now)
+        wait_ms = self._drain_ms(waiting, blocks_ahead + waiting.prompt.demand_blocks, now)
         retry_after_s = self._limits.max_wait_s if wait_ms is None else wait_ms / 1000
         return Overloaded(
             request_id=waiting.request.request_id,
@@ -362,4 +362,4 @@ class Dispatcher:
         replicas = self._fleet.replicas(self._book)
         serves = self._fleet.serving(request)
         alive = self._fleet.candidates(request, serves, None, traffic, now).is_open
-        return drain_ms(blocks, self._prompt(request).new_tokens, replicas, alive)
+        return drain_ms(blocks, waiting.prompt.new_tokens, replicas, alive)

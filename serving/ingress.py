@@ -13,11 +13,14 @@ import msgspec
 
 from serving import metrics
 from serving.auth import KeyRing
+from serving.background import collect_rarely
 from serving.completions import Completions, ModelIdentity
 from serving.config import IngressConfig, ModelConfig, TracingConfig
+from serving.direct_calls import DirectReplicas, DirectService, ray_tls
 from serving.dispatcher import RouterStatus
 from serving.errors import ReplicaGone, ServerOverloaded
 from serving.gateway import Gateway, GatewayLimits
+from serving.http_server import HttpServer
 from serving.links import ReplicaLinks
 from serving.logs import configure as configure_logs
 from serving.messages import DispatchUpdate, decode
@@ -49,6 +52,8 @@ class IngressSetup(msgspec.Struct, frozen=True, kw_only=True):
 class Ingress:
     """Made by Serve in the home region. Serve asks it for its ASGI application once it stands."""
 
+    _http: HttpServer | None = None  # where it answers HTTP itself
+
     async def __init__(self, setup: IngressSetup, *deployments: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         """`deployments` binds the others to this one's application; they are reached by name."""
         ingress_id = replica_id()
@@ -56,11 +61,15 @@ class Ingress:
         configure_logs(setup.log_level, replica=ingress_id, region=setup.region)
         files = await asyncio.to_thread(resolve, setup.model.source)
         spec = read_model_spec(files.folder)
-        self._router = ServiceHandle("Router", application)
+        tls = ray_tls()
+        self._router = DirectService(ServiceHandle("Router", application), "Router", tls)
         self._router_link = RouterLink(self._router, ingress_id)
         self._links = ReplicaLinks(
             {
-                region: (PinnedHandle(deployment, application), DelayLine(setup.pretend_rtt_ms[region]))
+                region: (
+                    DirectReplicas(PinnedHandle(deployment, application), tls),
+                    DelayLine(setup.pretend_rtt_ms[region]),
+                )
                 for region, deployment in setup.deployments.items()
             },
             ingress_id,
@@ -92,6 +101,15 @@ class Ingress:
             is_ready=lambda: self._links.any_attached and self._router_link.is_attached,
             fleet_status=self._fleet_status,
         )
+        collect_rarely()
+        if setup.limits.port is not None:
+            self._http = HttpServer(self._gateway)
+            await self._http.start(setup.limits.host, setup.limits.port)
+
+    async def __del__(self) -> None:
+        """Serve awaits it before it ends the process; of requests past its proxy it knows nothing."""
+        if self._http is not None:
+            await self._http.drain()
 
     def __serve_build_asgi_app__(self) -> Gateway:
         return self._gateway

@@ -11,9 +11,9 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
-from typing import Protocol
 
 from serving.background import Background
+from serving.direct_calls import Replicas
 from serving.errors import ReplicaGone
 from serving.messages import (
     Accepted,
@@ -30,14 +30,6 @@ logger = logging.getLogger(__name__)
 
 MEMBERSHIP_INTERVAL_S = 0.1
 RECONNECT_S = 0.2
-
-
-class Replicas(Protocol):
-    """One deployment's replicas; `ray_compat.PinnedHandle` is the real one."""
-
-    def running(self) -> frozenset[str]: ...
-    async def call(self, replica_id: str, method: str, *args: object) -> bytes: ...
-    def stream(self, replica_id: str, method: str, *args: object) -> AsyncIterator[bytes]: ...
 
 
 class ReplicaLink:

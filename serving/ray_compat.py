@@ -24,7 +24,6 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application, RunTarget
 from ray.serve._private import replica as serve_replica
-from ray.serve._private.common import ReplicaID
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -36,36 +35,18 @@ from serving.metrics import Series, Tags
 
 LOOPBACK = "127.0.0.1"
 GONE = (RayActorError, RayServeException, grpc.aio.AioRpcError, DeploymentUnavailableError)
-DRAINING_METHODS = ("abort",)
-MAX_DEPARTED = 64
 PINNED_ROUTER = "serving.ray_compat:PinnedRouter"
 SERVE_TAG = "replica"
 
 
 class PinnedRouter(RequestRouter):
-    """Sends a call to the replica its handle's session id names, or raises `ReplicaGone`.
-
-    A replica that has left the running set still finishes its streams, so it still takes aborts.
-    """
-
-    def initialize_state(self, **kwargs: Any) -> None:
-        self._departed: dict[ReplicaID, RunningReplica] = {}
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        before = dict(self._replicas)
-        super().update_replicas(replicas)
-        self._departed |= {name: one for name, one in before.items() if name not in self._replicas}
-        while len(self._departed) > MAX_DEPARTED:
-            del self._departed[next(iter(self._departed))]
+    """Sends a call to the replica its handle's session id names, or raises `ReplicaGone`."""
 
     async def _choose_replica_for_request(
         self, pending_request: PendingRequest, *, is_retry: bool = False
     ) -> RunningReplica:
         wanted = pending_request.metadata.session_id
-        reachable = dict(self._replicas)
-        if pending_request.metadata.call_method in DRAINING_METHODS:
-            reachable |= self._departed
-        for replica_id, replica in reachable.items():
+        for replica_id, replica in dict(self._replicas).items():
             if replica_id.unique_id == wanted and not is_retry:
                 return replica
         # A retry means that the replica could not be reached, or turned the call away.

@@ -21,6 +21,7 @@ from ray.exceptions import RayError
 from cluster.load import ReplicaLoad
 from serving import metrics
 from serving.background import Background
+from serving.direct_calls import DirectService, Door, ray_tls
 from serving.errors import ReplicaGone
 from serving.gpu_watch import watch_gpus
 from serving.load_reporter import LoadReporter
@@ -63,7 +64,9 @@ class ModelReplica:
         self._last_frame_s = time.monotonic()
         self._next_step_ms = 0.0
         self._group = await RankGroup.start(setup, self._id, self._fail)
-        router = ServiceHandle("Router", application_name())
+        tls = ray_tls()
+        self._door = await Door.open(self, ("submit", "abort"), node_address(), tls)
+        router = DirectService(ServiceHandle("Router", application_name()), "Router", tls)
         load = decode(await self._group.load_report(), ReplicaLoad)
         line = DelayLine(setup.pretend_rtt_ms)
         self._reporter = LoadReporter(load, router, line, self._group.block_snapshot)
@@ -73,6 +76,10 @@ class ModelReplica:
         gpus = watch_gpus(RayMeter(metrics.GPU_SERIES), setup.region, node_address())
         self._background.start(gpus, "gpus")
         logger.info("replica ready", extra={"blocks": self._group.ready[0].num_blocks})
+
+    async def door(self) -> bytes:
+        """Where `submit` and `abort` are called: an encoded `direct_calls.Address`."""
+        return self._door.address
 
     async def submit(self, ingress_id: str, payload: bytes) -> bytes:
         """Reserve and queue a list of Submit; a list of Accepted or Refused comes back, in order."""

@@ -23,7 +23,8 @@ class EventStream(Response):
     that left before the first event: closing `events` alone would not, since it had not begun.
     """
 
-    def __init__(self, events: AsyncIterator[bytes], source: AsyncGenerator[str]) -> None:
+    def __init__(self, events: AsyncIterator[tuple[bytes, bool]], source: AsyncGenerator[str]) -> None:
+        """`events` says of each whether more come."""
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._events = events
@@ -34,9 +35,8 @@ class EventStream(Response):
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
             )
-            async for event in self._events:
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            async for event, is_more in self._events:
+                await send({"type": "http.response.body", "body": event, "more_body": is_more})
 
 
 async def events(
@@ -45,23 +45,29 @@ async def events(
     first: str,
     pieces: AsyncIterator[str],
     include_usage: bool,
-) -> AsyncIterator[bytes]:
-    """A reply as events. An error after the first piece is an event too: the status is long sent."""
+) -> AsyncIterator[tuple[bytes, bool]]:
+    """A reply as events, and whether more come. An error after the first piece is an event too: the
+    status is long sent. What is known together leaves together: a write costs as much as making it.
+    """
+    unsent = stream.first() + (stream.text(first) if first else b"")
     try:
-        head = stream.first() + (stream.text(first) if first else b"")
-        if head:
-            yield head
+        if unsent and not reply.is_decided:
+            yield unsent, True
+            unsent = b""
         async for piece in pieces:
             if piece:
-                yield stream.text(piece)
+                unsent += stream.text(piece)
+            if unsent and not reply.is_decided:
+                yield unsent, True
+                unsent = b""
     except SearoomError as failed:
         error = failed if isinstance(failed, ApiError) else InternalError(str(failed))
-        yield stream.error(error)
+        yield unsent + stream.error(error), False
         return
-    yield stream.finish(reply.finish_reason)  # type: ignore[arg-type]
+    unsent += stream.finish(reply.finish_reason)  # type: ignore[arg-type]
     if include_usage:
-        yield stream.usage(usage_of(reply))
-    yield stream.done()
+        unsent += stream.usage(usage_of(reply))
+    yield unsent + stream.done(), False
 
 
 def usage_of(reply: Reply) -> Usage:

@@ -15,12 +15,13 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from serving import metrics
-from serving.background import Background, collect_rarely
+from serving.background import Background, collect_rarely, keep_freed_memory
 from serving.config import RoutingConfig
+from serving.direct_calls import Door, ray_tls
 from serving.dispatcher import Answers, Dispatcher, DispatcherLimits
 from serving.logs import configure as configure_logs
 from serving.messages import DispatchUpdate, ReplicaReport, Route, RouteReply, RouteRequest, decode, encode
-from serving.ray_compat import PinnedHandle, RayMeter, application_name, replica_id
+from serving.ray_compat import PinnedHandle, RayMeter, application_name, node_address, replica_id
 from serving.transport import Outbox
 
 TICK_S = 0.1
@@ -60,7 +61,13 @@ class Router:
         self._replicas = [PinnedHandle(deployment, application) for deployment in setup.deployments]
         self._background = Background()
         self._background.start(self._tick(), "tick")
+        self._door = await Door.open(self, ("pick", "update", "report", "status"), node_address(), ray_tls())
         collect_rarely()
+        keep_freed_memory()
+
+    async def door(self) -> bytes:
+        """Where the methods below are called, streams excepted: an encoded `direct_calls.Address`."""
+        return self._door.address
 
     async def pick(self, payload: bytes) -> bytes:
         """A list of RouteRequest; one reply each, at once."""

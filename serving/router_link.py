@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import suppress
-from typing import Any, Protocol, TypeVar
 
 import msgspec
 
 from serving.background import Background
+from serving.direct_calls import Service
 from serving.errors import ReplicaGone
 from serving.messages import DispatchUpdate, Queued, RouteReply, RouteRequest, decode, encode
 from serving.transport import Coalescer
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
-
 RECONNECT_S = 0.2
-
-
-class Service(Protocol):
-    """A deployment as one; `ray_compat.ServiceHandle` is the real one."""
-
-    async def call(self, method: str, *args: object) -> bytes: ...
-    def stream(self, method: str, *args: object) -> AsyncIterator[bytes]: ...
+TELL_S = 0.02  # how long what became of Routes may wait for more of its kind: reports are rarer still
 
 
 class RouterLink:
@@ -37,9 +27,10 @@ class RouterLink:
         self._ingress_id = ingress_id
         self._picks: Coalescer[RouteRequest, RouteReply] = Coalescer(self._pick)
         self._updates: Coalescer[DispatchUpdate, None] = Coalescer(self._update)
+        self._untold: list[DispatchUpdate] = []
+        self._telling: asyncio.TimerHandle | None = None
         self._queued: dict[str, asyncio.Future[RouteReply | None]] = {}  # None: the Router died
         self._attached = asyncio.Event()
-        self._tasks: set[asyncio.Task[None]] = set()
         self.background = Background()
         self.background.start(self._receive(), "routes")
 
@@ -61,8 +52,15 @@ class RouterLink:
             self._queued.pop(request.request_id, None)
 
     def tell(self, update: DispatchUpdate) -> None:
-        """What became of a Route; nobody waits for it."""
-        self._soon(self._updates, update)
+        """What became of a Route; nobody waits for it, but a loss is told at once.
+
+        A new Router starts from the replicas' reports, and misses nothing of earlier requests.
+        """
+        self._untold.append(update)
+        if update.outcome == "lost":
+            self._tell()
+        elif self._telling is None:
+            self._telling = asyncio.get_running_loop().call_later(TELL_S, self._tell)
 
     def withdraw(self, request: RouteRequest) -> None:
         """Nobody waits for this request's Route any more; nobody waits for this either.
@@ -70,7 +68,7 @@ class RouterLink:
         It is asked for once more, with its deadline over: the Router forgets it, queued or routed.
         Going the way of `pick`, it cannot overtake it.
         """
-        self._soon(self._picks, msgspec.structs.replace(request, deadline_s=0.0))
+        self._picks.post(msgspec.structs.replace(request, deadline_s=0.0))
 
     @property
     def is_attached(self) -> bool:
@@ -78,18 +76,16 @@ class RouterLink:
 
     def close(self) -> None:
         self.background.close()
-        for task in self._tasks:
-            task.cancel()
+        if self._telling is not None:
+            self._telling.cancel()
 
-    def _soon(self, messages: Coalescer[Item, Any], item: Item) -> None:
-        async def send() -> None:
-            # A new Router starts from the replicas' reports, and knows nothing of earlier requests.
-            with suppress(ReplicaGone):
-                await messages.send(item)
-
-        task = asyncio.create_task(send())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _tell(self) -> None:
+        if self._telling is not None:
+            self._telling.cancel()
+            self._telling = None
+        for update in self._untold:
+            self._updates.post(update)
+        self._untold = []
 
     async def _pick(self, requests: list[RouteRequest]) -> list[RouteReply]:
         return decode(await self._router.call("pick", encode(requests)), list[RouteReply])

@@ -50,7 +50,8 @@ class Tokenizer:
 
         Do not add it to a rendered chat: the template writes its own.
         """
-        return self._backend.encode(text, add_special_tokens=add_special).ids
+        # Without offsets, which nobody asks for, a third faster; only the batch call can leave them out.
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
 
     def encode_prompt(self, prompt: str | Sequence[int]) -> list[int]:
         """Ids of a completion's prompt, which may be ids already; InvalidRequest for one out of range."""

@@ -1,4 +1,4 @@
-"""How messages cross Serve handles: as much as there is in each call, and never a timer.
+"""How messages cross processes: as much as there is in each call, and never a timer.
 
 `Coalescer`   towards one target at most one call is in flight; what arrives meanwhile rides the next
 `Outbox`      what a server has to say to each consumer, on the one stream that consumer keeps open
@@ -30,18 +30,25 @@ class Coalescer(Generic[Item, Reply]):
 
     def __init__(self, call: Callable[[list[Item]], Awaitable[Sequence[Reply]]]) -> None:
         self._call = call
-        self._waiting: deque[tuple[Item, asyncio.Future[Reply]]] = deque()
+        self._waiting: deque[tuple[Item, asyncio.Future[Reply] | None]] = deque()
         self._pump: asyncio.Task[None] | None = None
 
     async def send(self, item: Item) -> Reply:
         """The reply to `item`. Raises what the call that carried it raised."""
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._put(item, future)
+        return await future
+
+    def post(self, item: Item) -> None:
+        """Send `item`, whatever becomes of it."""
+        self._put(item, None)
+
+    def _put(self, item: Item, future: asyncio.Future[Reply] | None) -> None:
         self._waiting.append((item, future))
         if self._pump is None:
             # In no request's context: Serve cancels every call made in the context of a request whose
             # client goes away, and a coalesced call carries other clients' messages too.
             self._pump = asyncio.create_task(self._run(), context=Context())
-        return await future
 
     async def _run(self) -> None:
         try:
@@ -51,13 +58,13 @@ class Coalescer(Generic[Item, Reply]):
         finally:
             self._pump = None
 
-    async def _send_batch(self, batch: list[tuple[Item, asyncio.Future[Reply]]]) -> None:
+    async def _send_batch(self, batch: list[tuple[Item, asyncio.Future[Reply] | None]]) -> None:
         # Gathered as a value, so that one failed call fails its own items and cannot end the pump.
         (outcome,) = await asyncio.gather(self._call([item for item, _ in batch]), return_exceptions=True)
         if not isinstance(outcome, BaseException) and len(outcome) != len(batch):
             outcome = RuntimeError(f"{len(outcome)} replies to {len(batch)} messages")
         for index, (_, future) in enumerate(batch):
-            if future.done():  # its sender has given up
+            if future is None or future.done():  # its sender does not wait, or has given up
                 continue
             if isinstance(outcome, BaseException):
                 future.set_exception(outcome)

@@ -67,6 +67,21 @@ class UpOptions:
 
 def run_up(options: UpOptions, console: Console) -> None:
     """Bring everything up, say where it is, and stay until SIGINT or SIGTERM."""
+    key = options.api_key or load_key()
+    with suppress(KeyboardInterrupt), brought_up(options, key, console) as facts:
+        _print_how_to_use(console, facts, key)
+        try:
+            threading.Event().wait()
+        finally:
+            console.print("taking it down ...")
+
+
+@contextmanager
+def brought_up(options: UpOptions, key: str, console: Console) -> Iterator[running.Running]:
+    """What `searoom up` brings up, which serves and takes `key`; this process has joined its Ray cluster.
+
+    SIGINT and SIGTERM become KeyboardInterrupt; afterwards nothing is left. Raises ConfigError.
+    """
     if (already := running.find()) is not None:
         raise ConfigError(
             f"a cluster is already running here (process {already.pid}, {already.endpoint}); "
@@ -75,7 +90,6 @@ def run_up(options: UpOptions, console: Console) -> None:
     if options.address is None:
         _require_free_port(options.port, "--port")
         _require_free_port(options.dashboard_port, "--dashboard-port")
-    key = options.api_key or load_key()
     os.environ.pop(KEY_VARIABLE, None)  # or every process of Ray would inherit the key
     config = merge(options, digest_of(key))
     _fetch_model(config.model.source, console)
@@ -85,7 +99,7 @@ def run_up(options: UpOptions, console: Console) -> None:
     _require_memory(plan)
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell's `&` would leave SIGINT ignored
         signal.signal(number, _interrupt)  # whatever is under way is left, and undone
-    with ExitStack() as undo, suppress(KeyboardInterrupt):
+    with ExitStack() as undo:
         undo.callback(console.print, "down")
         cluster = undo.enter_context(_ray_cluster(options, config, console))
         facts = running.Running.here(
@@ -102,12 +116,9 @@ def run_up(options: UpOptions, console: Console) -> None:
         wait_until_running(console)
         with _stage(console, "endpoint", "waiting for the endpoint"):
             _wait_ready(facts.endpoint)
-        running.save(replace(facts, ready=True))
-        _print_how_to_use(console, facts, key)
-        try:
-            threading.Event().wait()
-        finally:
-            console.print("taking it down ...")
+        facts = replace(facts, ready=True)
+        running.save(facts)
+        yield facts
 
 
 def merge(options: UpOptions, key_digest: str) -> SearoomConfig:
@@ -136,6 +147,9 @@ def merge(options: UpOptions, key_digest: str) -> SearoomConfig:
     if options.cluster_file:
         args["cluster_file"] = str(options.cluster_file)
     config = parse_config(args, str(options.config or "searoom up"))
+    if options.address is None:
+        _set(args, "ingress", host=HOST, port=options.port)
+        config = parse_config(args, "searoom up")
     if config.engine.threads is None and options.address is None:
         # Every rank of every pretend region shares this machine's cores.
         ranks = config.engine.tensor_parallel * sum(region.replicas for region in config.regions)
@@ -211,7 +225,7 @@ def _fetch_model(source: str, console: Console) -> None:
 
 
 def _require_free_port(port: int, flag: str) -> None:
-    """A plain bind: Serve's proxy sets SO_REUSEPORT, and would silently share a port in use."""
+    """A plain bind: Ingress and Serve's proxy set SO_REUSEPORT, and would silently share a port in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections do not use it
         try:
@@ -255,7 +269,10 @@ def _start_serve(options: UpOptions, console: Console) -> int:
                 )
             if port is not None:
                 return port
-        serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=HOST, port=options.port))
+        if options.address is None:  # Ingress answers HTTP itself
+            serve.start(proxy_location="Disabled")
+        else:
+            serve.start(proxy_location="HeadOnly", http_options=HTTPOptions(host=HOST, port=options.port))
         return options.port
 
 

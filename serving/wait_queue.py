@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from serving.messages import RouteRequest
+from serving.routing import Prompt
 
 CACHED_WEIGHT = 0.1
 OUTPUT_WEIGHT = 2.0
@@ -32,7 +33,7 @@ class Waiting:
     arrival: int  # unique; kept when the request comes back after a refusal
     since_s: float  # unix time it began to wait
     expires_s: float  # unix time it is told that there was no room
-    blocks: int  # its demand
+    prompt: Prompt  # as foreseen when it began to wait
     num_bytes: int  # that it takes to hold it here
     refused_at: dict[str, tuple[int, int]]  # refuser → epoch and sequence of its report then
 
@@ -141,7 +142,7 @@ class WaitQueue:
                 else:
                     before = line[: turns + 1]
                 count += len(before)
-                blocks += sum(self._waiting[request_id].blocks for _, request_id in before)
+                blocks += sum(self._waiting[request_id].prompt.demand_blocks for _, request_id in before)
         return count, blocks
 
     def expired(self, now: float) -> list[Waiting]:

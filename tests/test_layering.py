@@ -35,10 +35,10 @@ ROOMS = {
     MODELS: {"models"},
     FOUNDATION: {
         "auth", "background", "block_hash",
-        "chat_template", "config", "detokenizer", "embedded_model", "errors", "host",
-        "gguf_files", "gguf_tokenizer", "logs", "messages", "metrics", "model_files", "model_spec",
-        "openai_api", "openai_fields", "openai_frames", "ray_compat", "safetensors_files", "tokenizer",
-        "tracing", "transport",
+        "chat_template", "config", "detokenizer", "direct_calls", "embedded_model", "errors", "host",
+        "gguf_files", "gguf_tokenizer", "http_server", "logs", "messages", "metrics", "model_files",
+        "model_spec", "openai_api", "openai_fields", "openai_frames", "ray_compat", "safetensors_files",
+        "tokenizer", "tracing", "transport",
     },
 }  # fmt: skip
 LAYER_OF = {room: layer for layer, rooms in ROOMS.items() for room in rooms}
@@ -55,7 +55,8 @@ LIBRARY_WALLS = {
         "serving.engine.native_runner", "serving.engine.native_sampler",
         "serving.models.", "kernels.", "serving.bench.engine.",
     },
-    "starlette": {"serving.gateway", "serving.responses"},
+    "starlette": {"serving.gateway", "serving.http_server", "serving.responses"},
+    "uvicorn": {"serving.http_server"},
     "fastapi": set(),
     "aiohttp": {"serving.bench.load.client"},
     "transformers": {"serving.gguf_tokenizer", "serving.bench.engine.peer_transformers"},

@@ -1,5 +1,5 @@
-"""`python -m serving.bench engine | load | router`: the engine beside its peers; an endpoint as its clients
-see it; the router's policy in simulated fleets.
+"""`python -m serving.bench engine | gateway | load | router`: the engine beside its peers; what a request
+costs on its way; an endpoint as its clients see it; the router's policy in simulated fleets.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import typer
 
 from serving.bench.engine.command import engine
+from serving.bench.gateway.command import gateway
 from serving.bench.load.command import load
 from serving.bench.router.command import router
 
@@ -21,4 +22,5 @@ def programs() -> None:
 app.command()(load)
 app.command()(engine)
 app.command()(router)
+app.command()(gateway)
 app()

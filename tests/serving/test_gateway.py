@@ -10,6 +10,7 @@ import pytest
 
 from serving.dispatcher import DispatcherLimits
 from serving.errors import ServerOverloaded
+from serving.messages import SequenceDelta
 from serving.model_files import ModelFiles
 from serving.tokenizer import Tokenizer
 from tests.serving.fleet_fakes import eventually
@@ -58,6 +59,21 @@ async def test_a_chat_is_answered_whole(door):
     assert door.requests("stop") == 1
 
 
+async def test_what_is_known_together_is_written_together(door):
+    """A write a step: the role goes with the first text, and the reason, usage and [DONE] with the last."""
+    door.replica.script = lambda submit: [
+        SequenceDelta(request_id=submit.request_id, token_ids=(token,), finish_reason=reason)
+        for token, reason in zip(door.answer, [None] * (len(door.answer) - 1) + ["length"], strict=True)
+    ]
+    wanted = ASKED | {"stream": True, "stream_options": {"include_usage": True}}
+    exchange = Exchange(door.app, CHAT, wanted)
+    await exchange.task
+    assert exchange.text == TEXT
+    bodies = [message["body"] for message in exchange.sent if message["type"] == "http.response.body"]
+    assert len(bodies) == len(door.answer)
+    assert b'"role"' in bodies[0] and bodies[-1].count(b"data: ") == 4
+
+
 async def test_a_stream_joins_to_the_same_text(door):
     """Role first, then text, the reason, the usage that was asked for, and [DONE]."""
     door.answer_all()
@@ -69,7 +85,7 @@ async def test_a_stream_joins_to_the_same_text(door):
     assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
     assert chunks[-2]["choices"][0]["finish_reason"] == "stop"
     assert chunks[-1]["choices"] == [] and chunks[-1]["usage"]["completion_tokens"] == len(door.answer)
-    assert exchange.sent[-2]["body"].endswith(b"data: [DONE]\n\n")
+    assert exchange.sent[-1]["body"].endswith(b"data: [DONE]\n\n") and not exchange.sent[-1]["more_body"]
     assert dict(exchange.sent[0]["headers"])[b"content-type"].startswith(b"text/event-stream")
     assert door.requests("stop") == 1
 

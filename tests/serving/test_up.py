@@ -31,6 +31,15 @@ def test_without_flags_it_is_the_embedded_default_on_all_cores():
     assert config.ingress.auth.key_sha256 == (DIGEST,) and not config.pin_regions
 
 
+def test_ingress_listens_itself_on_a_cluster_of_its_own_only(tmp_path):
+    """On this machine's loopback, whatever the file says; a cluster that was joined keeps the file's word."""
+    path = written(tmp_path, ingress={"host": "0.0.0.0", "port": 80})
+    ours = merge(UpOptions(config=path, port=8123), DIGEST).ingress
+    assert (ours.host, ours.port) == ("127.0.0.1", 8123)
+    joined = merge(UpOptions(config=path, address="10.0.0.1:6379"), DIGEST).ingress
+    assert (joined.host, joined.port) == ("0.0.0.0", 80)
+
+
 def test_flags_go_over_the_file_and_leave_its_other_keys(tmp_path):
     """What a flag does not say stays as written; the file's key is replaced by the one in use."""
     path = written(
