@@ -162,6 +162,14 @@ class _Callee(_Peer):
         self._is_known = False
         self._running: set[asyncio.Task[Any]] = set()
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        asyncio.get_running_loop().call_later(CONNECT_TIMEOUT_S, self._turn_away_if_silent)
+
+    def _turn_away_if_silent(self) -> None:
+        if not self._is_known:
+            self._transport.abort()
+
     def message(self, message: bytes) -> None:
         if not self._is_known:
             self._is_known = hmac.compare_digest(message, self._secret)

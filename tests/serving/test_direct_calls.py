@@ -12,6 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from serving import direct_calls
 from serving.direct_calls import SECRET_BYTES, Address, DirectReplicas, DirectService, Door, ray_tls
 from serving.errors import ReplicaGone
 from serving.messages import decode
@@ -175,6 +176,19 @@ async def test_a_stranger_is_turned_away(said):
             await asyncio.wait_for(reader.readexactly(1), 5)
         writer.close()
         assert deployment.num_hanging == 0
+
+
+async def test_who_says_nothing_is_turned_away(monkeypatch):
+    """A connection without the secret does not stay, though it sends nothing wrong."""
+    monkeypatch.setattr(direct_calls, "CONNECT_TIMEOUT_S", 0.05)
+    async with serving() as (deployment, service):
+        address = decode(deployment.door.address, Address)
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        assert await asyncio.wait_for(reader.read(), 5.0) == b""
+        writer.close()
+        assert await service.call("double", b"a", [2]) == b"aa"
+        await asyncio.sleep(0.1)
+        assert await service.call("double", b"a", [3]) == b"aaa"  # the known one stays
 
 
 async def test_what_is_not_named_cannot_be_called():
