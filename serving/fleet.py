@@ -70,7 +70,8 @@ class Fleet:
         self._is_member = np.zeros(0, dtype=np.bool_)
         self._is_draining = np.zeros(0, dtype=np.bool_)
         self._models: list[str] = []
-        self._serving: dict[tuple[str, tuple[str, ...]], Bools] = {}  # of the present rows
+        self._serving: dict[tuple[str, tuple[str, ...]], Bools] = {}  # of the present rows, as is:
+        self._rows_in: dict[str, list[int]] = {}  # by region
         self._submissions = Rate()  # of all Routers, by the replicas' own numbers
         self._accepted = Rate()  # of this one's Routes
         self._work_ms = Rate()  # of the requests it routed
@@ -145,7 +146,7 @@ class Fleet:
             self._models[known.row] = ""
             self._free_rows.append(known.row)
             self._changed.discard(replica_id)
-            self._serving.clear()
+            self._forget_rows()
 
     def forget_silent_strangers(self, now: float) -> list[int]:
         """Reports may come before Serve names the replica; those it never names are let go. Their rows."""
@@ -177,7 +178,11 @@ class Fleet:
         """
         known_ms = self._rtt_to(region)
         self._rtt_ms[region] = known_ms + (0.3 if rtt_ms < known_ms else 0.02) * (rtt_ms - known_ms)
-        self._changed.update(name for name, known in self._known.items() if known.load.region == region)
+        rows = self._rows_in.get(region)
+        if rows is None:
+            rows = [known.row for known in self._known.values() if known.load.region == region]
+            self._rows_in[region] = rows
+        self._replicas.rtt_ms[rows] = self._rtt_ms[region]
 
     def traffic(self, now: float) -> Traffic:
         """How busy the replicas are with prefill, and what of prompts they find cached."""
@@ -292,8 +297,12 @@ class Fleet:
         self._replicas.regions[row] = load.region
         self._models[row] = load.model
         self._is_member[row] = load.replica_id in self._members
-        self._serving.clear()
+        self._forget_rows()
         return row
+
+    def _forget_rows(self) -> None:
+        self._serving.clear()
+        self._rows_in.clear()
 
     def _grow(self) -> None:
         """By an eighth: every decision goes over the empty rows too."""

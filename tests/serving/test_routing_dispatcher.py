@@ -473,3 +473,29 @@ def test_a_request_counts_once_however_often_it_was_picked_for() -> None:
     for _ in range(2):  # the news may come twice
         router.update(update("q", home, "accepted", submission=1), NOW)
     assert router.status(NOW).regions["us-east"].num_accepted == 1
+
+
+def test_a_measured_round_trip_is_its_whole_regions_and_no_others() -> None:
+    """75 ms were given for eu-west; forty answers within 5 ms say otherwise, of later replicas too."""
+    step = StepCoefficients(0.0, 0.1, 0.0)
+    router = a_router(a_load("near", step=step), a_load("far", step=step, region="eu-west"))
+
+    def predicted_ms(name: str, region: str) -> float:
+        route = router.request(asking(name, allowed_regions=(region,)), NOW)
+        assert isinstance(route, Route)
+        router.update(update(name, route.replica_id, "finished"), NOW)
+        return route.predicted_ms
+
+    before = predicted_ms("p", "eu-west")
+    for i in range(40):
+        routed(router.request(asking(f"q{i}", allowed_regions=("eu-west",)), NOW))
+        router.update(msgspec.structs.replace(update(f"q{i}", "far", "accepted", i + 1), rtt_ms=5.0), NOW)
+        router.update(update(f"q{i}", "far", "finished"), NOW)
+    assert predicted_ms("r", "eu-west") == pytest.approx(before - 70.0, abs=0.1)
+    assert predicted_ms("s", "us-east") == pytest.approx(before - 75.0, abs=0.1)
+    router.membership({"near", "far", "new"}, NOW)
+    router.replica_lost("far", NOW)
+    router.replica_reported(a_load("new", step=step, region="eu-west"), NOW)
+    assert predicted_ms("t", "eu-west") == pytest.approx(before - 70.0, abs=0.1)
+    router.update(msgspec.structs.replace(update("t", "new", "accepted"), rtt_ms=1.0), NOW)
+    assert predicted_ms("u", "eu-west") < before - 71.0

@@ -23,6 +23,7 @@ SESSION_BLOCKS = 500  # of an earlier turn, held by some replicas
 NUM_SESSIONS = 200
 NUM_DECISIONS = 1000
 NUM_WARM = 50
+RTT_MS = 1.0  # as Ingress measured it
 TARGETS_MS = {64: 0.5, 1000: 2.0}  # p99
 SIZES = (64, 1000, 10_000)
 
@@ -39,7 +40,7 @@ class DecisionTimes:
 
 
 def measure(num_replicas: int, num_decisions: int = NUM_DECISIONS) -> DecisionTimes:
-    """Decisions on prompts of which some replicas hold a part, one report between every two of them."""
+    """Decisions on prompts of which some replicas hold a part; between two, a report and two updates."""
     rng = random.Random(0)
     names = [f"replica-{number}" for number in range(num_replicas)]
     loads = {name: _load(name, number, rng) for number, name in enumerate(names)}
@@ -67,17 +68,32 @@ def measure(num_replicas: int, num_decisions: int = NUM_DECISIONS) -> DecisionTi
         reply = dispatcher.request(request, now)
         times_ms.append(1000 * (time.perf_counter() - start_s))
         assert isinstance(reply, Route)
-        dispatcher.update(
-            DispatchUpdate(
-                request_id=reply.request_id,
-                replica_id=reply.replica_id,
-                outcome="finished",
-                output_tokens=100,
-            ),
-            now,
-        )
+        for update in _updates(reply, number):
+            dispatcher.update(update, now)
     p50_ms, p99_ms = np.percentile(times_ms[NUM_WARM:], (50, 99)).tolist()
     return DecisionTimes(num_replicas, p50_ms, p99_ms)
+
+
+def _updates(route: Route, submission: int) -> tuple[DispatchUpdate, DispatchUpdate]:
+    """What Ingress tells of a request, from which a Router learns."""
+    request_id, replica_id = route.request_id, route.replica_id
+    return (
+        DispatchUpdate(
+            request_id=request_id,
+            replica_id=replica_id,
+            outcome="accepted",
+            submission=submission,
+            rtt_ms=RTT_MS,
+        ),
+        DispatchUpdate(
+            request_id=request_id,
+            replica_id=replica_id,
+            outcome="finished",
+            output_tokens=100,
+            is_whole=True,
+            ttft_ms=route.predicted_ms,
+        ),
+    )
 
 
 def measure_decisions(console: Console) -> None:
