@@ -229,10 +229,10 @@ async def test_ctrl_c_prints_what_there_is():
         return Script(gap_s=0.01)
 
     async with fake_endpoint(answer) as endpoint:
-        process = await program("--endpoint", endpoint.url, "--rate", "20", "--duration", "60")
+        process = await program("--endpoint", endpoint.url, "--rate", "20", "--duration", "600")
         await asyncio.wait_for(fifth_came.wait(), 60)
         process.send_signal(signal.SIGINT)
-        output, errors = await asyncio.wait_for(process.communicate(), 20)
+        output, errors = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 130, errors.decode()
     assert "TTFT" in output.decode() and "interrupted" in output.decode()
     assert b"Traceback" not in errors
