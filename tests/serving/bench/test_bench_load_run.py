@@ -214,8 +214,12 @@ async def test_a_cancelled_run_gives_what_it_has():
 
 
 async def program(*arguments):
-    """The command in a process of its own; without `python -m serving.bench`, whose engine imports torch."""
-    run = "import typer; from serving.bench.load.command import load; typer.run(load)"
+    """The command in a process of its own; without `python -m serving.bench`, whose engine imports torch.
+
+    SIGINT is heard, also where these tests run behind a shell's `&`, which would have it ignored.
+    """
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    run = f"{heard}; import typer; from serving.bench.load.command import load; typer.run(load)"
     return await asyncio.create_subprocess_exec(sys.executable, "-c", run, *arguments, stdout=-1, stderr=-1)
 
 
@@ -232,7 +236,7 @@ async def test_ctrl_c_prints_what_there_is():
         process = await program("--endpoint", endpoint.url, "--rate", "20", "--duration", "600")
         await asyncio.wait_for(fifth_came.wait(), 60)
         process.send_signal(signal.SIGINT)
-        output, errors = await asyncio.wait_for(process.communicate(), 60)
+        output, errors = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 130, errors.decode()
     assert "TTFT" in output.decode() and "interrupted" in output.decode()
     assert b"Traceback" not in errors
