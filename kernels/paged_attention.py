@@ -12,7 +12,8 @@ The torch path gathers each sequence's blocks and calls torch's scaled_dot_produ
 call a prefill chunk, one call a *group* of decodes of similar length. Slots past a sequence's
 context may hold anything, NaN of a broken neighbour included. A mask alone would not keep NaN out
 (0 * NaN), so a shorter sequence is padded with its own first block, and the rest of its last block
-is zeroed after the gather.
+is zeroed after the gather. The GPU's kernels (`kernels.gpu.paged_attention`) take their own metadata, which
+`kernels.attention_worklist` describes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from kernels.attention_worklist import GpuAttentionBatch
 from kernels.dispatch import choose
 
 Ints = NDArray[np.int32]
@@ -58,12 +60,16 @@ class PrefillChunk:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AttentionBatch:
-    """A step's attention metadata, made once and used by every layer."""
+class TorchAttentionBatch:
+    """What the torch path needs of a step."""
 
     slots: torch.Tensor  # [T * K] (block, head, offset) rows that the tokens' keys and values go to
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[PrefillChunk, ...]
+
+
+# A step's attention metadata, made once and used by every layer.
+AttentionBatch = TorchAttentionBatch | GpuAttentionBatch
 
 
 def plan_attention(
@@ -76,6 +82,42 @@ def plan_attention(
     dtype: torch.dtype,
 ) -> AttentionBatch:
     """The metadata of a step; arrays as in `serving.engine.plan.StepPlan`, `cache` any layer's."""
+    plan = choose(cache, _plan_torch, "kernels.attention_worklist:plan_gpu_attention")
+    return plan(slot_mapping, query_start, context_lens, block_tables, cache=cache, dtype=dtype)
+
+
+def write_kv(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
+    """Store key and value [T, K, D] in one layer's cache, at the batch's `slots`."""
+    choose(cache, _write_kv_torch, "kernels.attention_worklist:write_kv_by_slot")(cache, key, value, slots)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    window: int | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> torch.Tensor:
+    """query [T, H, D] over one layer's cache -> [T, H, D]; the step's own keys are already written.
+
+    A token sees the last `window` positions up to its own, or all; what the cache holds, times the two
+    scales, are the keys and values. Raises ValueError where the path has not what is asked.
+    """
+    attend = choose(query, _paged_attention_torch, "kernels.gpu.paged_attention:paged_attention")
+    return attend(query, cache, batch, window=window, key_scale=key_scale, value_scale=value_scale)
+
+
+def _plan_torch(
+    slot_mapping: Ints,
+    query_start: Ints,
+    context_lens: Ints,
+    block_tables: Ints,
+    *,
+    cache: torch.Tensor,
+    dtype: torch.dtype,
+) -> TorchAttentionBatch:
     query_lens = np.diff(query_start)
     decodes = [
         _decode_group(query_start[members], context_lens[members], block_tables[members], cache, dtype)
@@ -87,21 +129,16 @@ def plan_attention(
         for start, end, context in _tiles(int(query_start[b]), int(query_start[b + 1]), int(context_lens[b]))
     ]
     slots = torch.from_numpy(_slot_rows(slot_mapping, cache))
-    return _to_device(AttentionBatch(slots, tuple(decodes), tuple(prefills)), cache.device)
-
-
-def write_kv(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    """Store key and value [T, K, D] in one layer's cache, at `AttentionBatch.slots`."""
-    choose(cache, _write_kv_torch)(cache, key, value, slots)
-
-
-def paged_attention(query: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
-    """query [T, H, D] over one layer's cache -> [T, H, D]; the step's own keys are already written."""
-    return choose(query, _paged_attention_torch)(query, cache, batch)
+    return _to_device(TorchAttentionBatch(slots, tuple(decodes), tuple(prefills)), cache.device)
 
 
 def paged_attention_reference(
-    query: torch.Tensor, cache: torch.Tensor, query_start: Ints, context_lens: Ints, block_tables: Ints
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    query_start: Ints,
+    context_lens: Ints,
+    block_tables: Ints,
+    window: int | None = None,
 ) -> torch.Tensor:
     """The formula, one token and one head at a time, in float64."""
     out = torch.empty_like(query)
@@ -110,7 +147,8 @@ def paged_attention_reference(
     for b, context in enumerate(context_lens.tolist()):
         start, end = int(query_start[b]), int(query_start[b + 1])
         for t in range(start, end):
-            seen = range(context - (end - start) + (t - start) + 1)
+            after = context - (end - start) + (t - start) + 1
+            seen = range(max(0, after - window) if window else 0, after)
             places = [(int(block_tables[b, j // block_tokens]), j % block_tokens) for j in seen]
             for h in range(query.shape[1]):
                 keys = torch.stack([cache[0, block, h // group, at] for block, at in places]).double()
@@ -126,7 +164,18 @@ def _write_kv_torch(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     values.index_copy_(0, slots, value.flatten(0, 1).to(cache.dtype))
 
 
-def _paged_attention_torch(query: torch.Tensor, cache: torch.Tensor, batch: AttentionBatch) -> torch.Tensor:
+def _paged_attention_torch(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    batch: AttentionBatch,
+    *,
+    window: int | None,
+    key_scale: float,
+    value_scale: float,
+) -> torch.Tensor:
+    assert isinstance(batch, TorchAttentionBatch), "planned for the GPU kernels"
+    if window is not None or (key_scale, value_scale) != (1.0, 1.0):
+        raise ValueError("windows and scaled caches need the GPU kernels")
     out = torch.empty_like(query)
     for chunk in batch.prefills:
         out[chunk.start : chunk.end] = _attend_chunk(query[chunk.start : chunk.end], cache, chunk)
@@ -238,10 +287,10 @@ def _slot_rows(slot_mapping: Ints, cache: torch.Tensor) -> NDArray[np.int64]:
     return (heads * block_tokens + offset[:, None]).reshape(-1)
 
 
-def _to_device(batch: AttentionBatch, device: torch.device) -> AttentionBatch:
+def _to_device(batch: TorchAttentionBatch, device: torch.device) -> TorchAttentionBatch:
     if device.type == "cpu":
         return batch
-    return AttentionBatch(
+    return TorchAttentionBatch(
         slots=batch.slots.to(device),
         decodes=tuple(
             DecodeGroup(*(part.to(device) for part in (g.rows, g.parts, g.tails, g.mask)))

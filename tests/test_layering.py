@@ -53,10 +53,12 @@ LIBRARY_WALLS = {
     "torch": {
         "serving.engine.worker", "serving.engine.model_runner", "serving.engine.sampler",
         "serving.engine.native_runner", "serving.engine.native_sampler",
+        "serving.engine.cuda_device", "serving.engine.cuda_runner",
         "serving.models.", "kernels.", "serving.bench.engine.",
     },
     "starlette": {"serving.gateway", "serving.http_server", "serving.responses"},
     "uvicorn": {"serving.http_server"},
+    "triton": {"kernels.gpu."},
     "fastapi": set(),
     "aiohttp": {"serving.bench.load.client"},
     "transformers": {"serving.gguf_tokenizer", "serving.bench.engine.peer_transformers"},

@@ -2,7 +2,7 @@
 
     activations = n · (4·d + (H + 2·Hkv)·hd + 3·f) · 4 bytes        of the widest step, one layer at a time
     logits      = 4 · S · V · 4 bytes                               drawn from by copies: sorted, summed
-    usable      = free after loading the weights - activations - logits - 2 % of what is free
+    usable      = free after loading the weights - activations - logits - graphs - 2 % of what is free
     blocks      = min(usable, limit) / bytes a block
 
 with n tokens and S sequences at most in a step; d, H, Hkv, hd, f, V as in `step_time`.
@@ -42,6 +42,7 @@ class RankMemory:
     activation_bytes: int
     logits_bytes: int
     block_bytes: int
+    graphs_bytes: int = 0  # on a GPU alone
     kv_blocks: int | None = None  # so many, or an error
     limit_bytes: int | None = None  # else as many as fit, at most this
 
@@ -50,9 +51,13 @@ class RankMemory:
         return int(self.free_bytes * SAFETY_SHARE)
 
     @property
+    def step_bytes(self) -> int:
+        """What steps need besides weights and KV."""
+        return self.activation_bytes + self.logits_bytes + self.graphs_bytes
+
+    @property
     def usable_bytes(self) -> int:
-        kept = self.activation_bytes + self.logits_bytes + self.safety_bytes
-        return max(0, self.free_bytes - kept)
+        return max(0, self.free_bytes - self.step_bytes - self.safety_bytes)
 
     @property
     def fitting_blocks(self) -> int:
@@ -75,6 +80,7 @@ class KvSizing:
             f"free once the weights are loaded          {_mib(memory.free_bytes):>10}",
             f"- activations of the widest step          {_mib(memory.activation_bytes):>10}",
             f"- logits and their copies                 {_mib(memory.logits_bytes):>10}",
+            *self._graphs_lines(),
             f"- safety, {SAFETY_SHARE:.0%} of what is free            {_mib(memory.safety_bytes):>10}",
             f"= usable for KV                           {_mib(memory.usable_bytes):>10}",
             f"a block of {block_tokens} tokens                      {memory.block_bytes / 1024:>6.0f} KiB",
@@ -82,6 +88,10 @@ class KvSizing:
             f"{self._why():<42}{self.num_blocks:>10}",
             f"= context tokens at a time                {tokens:>10}",
         ]
+
+    def _graphs_lines(self) -> list[str]:
+        needed = self.memory.graphs_bytes
+        return [f"- CUDA graphs, captured when first needed {_mib(needed):>10}"] if needed else []
 
     def _why(self) -> str:
         memory = self.memory
@@ -108,7 +118,7 @@ def size_pool(memory: RankMemory, tightest_blocks: int) -> KvSizing:
         raise ConfigError(
             f"kv_memory_bytes: {limit} does not hold one KV block of {memory.block_bytes} bytes; raise it"
         )
-    kept = memory.activation_bytes + memory.logits_bytes
+    kept = memory.step_bytes
     needed = (max(wanted, 1) * memory.block_bytes + kept) / (1 - SAFETY_SHARE)
     raise ConfigError(
         f"kv_blocks: {max(wanted, 1)} blocks of {memory.block_bytes} bytes need {needed / 2**20:.1f} MiB "

@@ -22,7 +22,10 @@ from numpy.typing import NDArray
 
 from kernels.cpu import library as native
 from kernels.machine import measure
+from serving.engine.cuda_device import CudaDevice
+from serving.engine.cuda_runner import CudaRunner
 from serving.engine.executor import KV_DTYPES, ExecutorOptions
+from serving.engine.graph_buckets import StepLimits, graphs_bytes
 from serving.engine.kv_sizing import (
     DEFAULT_CPU_KV_BYTES,
     KvSizing,
@@ -81,12 +84,17 @@ class Worker:
         else:
             model = load_native(options, precision, shard, library)
         self.kv_sizing = self._size_pool(options)
-        kv_cache = allocate_kv_cache(model, self.num_blocks, options.block_tokens, kv_dtype, self._device)
+        dummies = int(self._device.type == "cuda")
+        kv_cache = allocate_kv_cache(
+            model, self.num_blocks + dummies, options.block_tokens, kv_dtype, self._device
+        )
         self._upgrade: NativeUpgrade | None = None
-        self._runner: ModelRunner | NativeRunner
+        self._runner: ModelRunner | NativeRunner | CudaRunner
         if isinstance(model, NativeLlama):
             model.attach(kv_cache, options.num_threads)
             self._runner = NativeRunner(model)
+        elif self._device.type == "cuda":
+            self._runner = CudaRunner(model, kv_cache, self._limits(options), CudaDevice(self._device))
         else:
             self._runner = ModelRunner(model, kv_cache)
             if precision is not None:
@@ -114,14 +122,17 @@ class Worker:
         if self._upgrade is not None and self._upgrade.is_over:
             self._runner = self._upgrade.take() or self._runner
             self._upgrade = None
+        if isinstance(self._runner, CudaRunner):
+            return self._runner.launch(plan, sampling).tokens()
         with torch.inference_mode():
             return self._runner.draw(self._runner.logits(plan), sampling)
 
     def follow(self) -> None:
         """Run what rank 0 plans until it stops. Raises RuntimeError when rank 0 dies."""
+        run = self._runner.follow if isinstance(self._runner, CudaRunner) else self._runner.hidden
         while (message := self._receive())[0] != _STOP:
             if message[0] == _PLAN:
-                self._runner.hidden(StepPlan.unpack(message[1]))
+                run(StepPlan.unpack(message[1]))
 
     def keep_alive(self) -> None:
         """Rank 0 calls this at least once a minute while it has nothing to run."""
@@ -184,15 +195,27 @@ class Worker:
             free_bytes=self._free_bytes(),
             activation_bytes=activations,
             logits_bytes=logits,
+            graphs_bytes=self._graphs_bytes(options),
             block_bytes=self.block_bytes,
             kv_blocks=options.kv_blocks,
             limit_bytes=limit,
         )
         return size_pool(memory, self._least(memory.fitting_blocks))
 
+    def _limits(self, options: ExecutorOptions) -> StepLimits:
+        return StepLimits(
+            options.max_num_seqs, options.spec.context_tokens, self.num_blocks, options.block_tokens
+        )
+
+    def _graphs_bytes(self, options: ExecutorOptions) -> int:
+        if self._device.type != "cuda":
+            return 0
+        return graphs_bytes(options.spec, options.max_num_seqs, self.block_bytes)
+
     def _free_bytes(self) -> int:
         """Memory this rank may use: the GPU's, or its share of the machine's."""
         if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # loading leaves some with torch's allocator
             return torch.cuda.mem_get_info(self._device)[0]
         return available_memory_bytes() // self._ranks_here
 

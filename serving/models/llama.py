@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 
 from kernels.linear import PackedWeight, linear, pack_weight
-from kernels.paged_attention import AttentionBatch, paged_attention, write_kv
+from kernels.paged_attention import AttentionBatch, paged_attention
 from kernels.rms_norm import add_rms_norm, rms_norm
-from kernels.rope import apply_rope, rope_frequencies, rope_table, scale_linear, scale_llama3
+from kernels.rope import rope_frequencies, rope_table, scale_linear, scale_llama3
+from kernels.rope_kv import rope_and_write_kv
 from kernels.swiglu import swiglu
 from serving.errors import ModelFileError
 from serving.model_spec import ModelSpec
@@ -99,10 +100,8 @@ class Llama:
         batch: AttentionBatch,
     ) -> torch.Tensor:
         heads = layer.qkv(x).unflatten(-1, (-1, self.spec.head_dim))  # [T, H + 2K, D]
-        rotating = self.num_heads + self.num_kv_heads
-        rotated = apply_rope(heads[:, :rotating], cos, sin)
-        write_kv(cache, rotated[:, self.num_heads :], heads[:, rotating:], batch.slots)
-        return layer.attention_out(paged_attention(rotated[:, : self.num_heads], cache, batch).flatten(1))
+        queries = rope_and_write_kv(heads, self.num_heads, cos, sin, cache, batch.slots)
+        return layer.attention_out(paged_attention(queries, cache, batch).flatten(1))
 
 
 def _load_layer(

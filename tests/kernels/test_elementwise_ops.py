@@ -127,12 +127,22 @@ def test_packed_linear_is_a_matrix_product(rows, inputs, outputs, dtype):
     assert packed.nbytes == inputs * outputs * dtype.itemsize
 
 
-def test_dispatch_takes_triton_only_where_it_is():
+def test_dispatch_takes_the_kernel_only_where_it_is():
     """Torch is the path on CPU and for ops without a kernel; a test can force either."""
     x = torch.zeros(1)
-    assert choose(x, abs, math.floor) is abs
+    assert choose(x, abs, "math:floor") is abs
     assert choose(x, abs) is abs
     with forced("triton"):
-        assert choose(x, abs, math.floor) is math.floor
+        assert choose(x, abs, "math:floor") is math.floor
         assert choose(x, abs) is abs
-    assert choose(x, abs, math.floor) is abs
+        with forced("torch"):
+            assert choose(x, abs, "math:floor") is abs
+    assert choose(x, abs, "math:floor") is abs
+
+
+def test_dispatch_imports_a_kernel_when_it_is_first_used():
+    """Naming a kernel loads nothing: a machine without a GPU never imports a compiler."""
+    x = torch.zeros(1)
+    assert choose(x, abs, "no_such_module:op") is abs
+    with forced("triton"), pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        choose(x, abs, "no_such_module:op")

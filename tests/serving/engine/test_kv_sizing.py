@@ -33,6 +33,14 @@ def test_without_a_wish_the_pool_takes_what_is_left() -> None:
     assert size_pool(replace(MEMORY, limit_bytes=5000 * MIB), 900).num_blocks == 900
 
 
+def test_graphs_take_their_part() -> None:
+    """What is kept for CUDA graphs is not given to the pool, and has its line; without, there is none."""
+    sizing = size_pool(replace(MEMORY, graphs_bytes=300 * MIB), 600)
+    assert sizing.memory.fitting_blocks == 600
+    assert sum("graphs" in line and "300 MiB" in line for line in sizing.lines(16)) == 1
+    assert not any("graphs" in line for line in size_pool(MEMORY, 900).lines(16))
+
+
 def test_blocks_asked_for_are_given_or_refused_whole() -> None:
     """An explicit number is never shrunk: who asked for it planned with it."""
     assert size_pool(replace(MEMORY, kv_blocks=900), 900).num_blocks == 900

@@ -1,0 +1,380 @@
+"""Decoding from graphs: on a device that does a GPU's work on CPU tensors, and on a GPU if there is one."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+import torch
+
+# Triton reads this where a kernel is defined: before anything imports kernels.gpu.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from kernels.dispatch import forced
+from kernels.sampling import SamplingControls, sample
+from serving.engine.cuda_runner import CudaRunner, Pending
+from serving.engine.executor import ExecutorOptions
+from serving.engine.graph_buckets import StepLimits
+from serving.engine.model_runner import ModelRunner, allocate_kv_cache
+from serving.engine.plan import SamplingBatch
+from serving.engine.worker import Worker
+from serving.model_spec import read_model_spec
+from serving.models.layers import Shard
+from serving.models.llama import Llama
+from serving.models.weights import open_weights
+from tests.serving.engine.cuda_fakes import LazyDevice, live_attention
+from tests.serving.engine.step_plans import Span, generate, greedy, step_plan
+from tests.serving.models.tiny_llama import VOCAB_SIZE, save_tiny_llama
+
+CPU = torch.device("cpu")
+NUM_BLOCKS = 120
+BLOCK_TOKENS = 16
+LIMITS = StepLimits(max_num_seqs=6, max_context_tokens=256, num_blocks=NUM_BLOCKS, block_tokens=BLOCK_TOKENS)
+PROMPT_LENS = (1, 5, 16, 17, 40, 100)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Llama:
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_llama(folder)
+    return load(folder, torch.float32)
+
+
+def load(folder, dtype: torch.dtype) -> Llama:
+    spec = read_model_spec(folder)
+    return Llama(spec, open_weights(tuple(folder.glob("*.safetensors")), spec, dtype), CPU, Shard())
+
+
+def random_tokens(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB_SIZE, (count,), generator=generator).tolist()
+
+
+PROMPTS = [random_tokens(count, seed) for seed, count in enumerate(PROMPT_LENS)]
+
+
+@dataclass
+class Rig:
+    """A runner over the lazy device, and an executor's face for `generate`."""
+
+    model: Llama
+    device: LazyDevice = field(default_factory=LazyDevice)
+    num_blocks: int = NUM_BLOCKS
+
+    def __post_init__(self) -> None:
+        self.cache = allocate_kv_cache(self.model, NUM_BLOCKS + 1, BLOCK_TOKENS, self.model.dtype, CPU)
+        self.cache.fill_(float("nan"))
+        self.runner = CudaRunner(self.model, self.cache, LIMITS, self.device, live_attention(self.cache[0]))
+
+    def execute(self, plan, sampling):
+        return self.runner.launch(plan, sampling).tokens()
+
+    def check_untouched(self, blocks: set[int]) -> None:
+        """Nobody wrote to these."""
+        assert self.cache[:, :, sorted(blocks)].isnan().all()
+
+
+class Plain:
+    """The reference: the model runner, each step on its own."""
+
+    num_blocks = NUM_BLOCKS
+
+    def __init__(self, model: Llama) -> None:
+        cache = allocate_kv_cache(model, NUM_BLOCKS, BLOCK_TOKENS, model.dtype, CPU)
+        self.runner = ModelRunner(model, cache)
+
+    def execute(self, plan, sampling):
+        logits = self.runner.logits(plan)
+        parts = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+        columns = (*parts, sampling.seed.view(np.int64), sampling.position)
+        return sample(logits, SamplingControls(*map(torch.from_numpy, columns))).numpy()
+
+
+@dataclass
+class Line:
+    """A sequence in a pipeline that is one step deep: its newest token may be on the device alone."""
+
+    prompt: list[int]
+    row: int
+    blocks: list[int]
+    new_tokens: int
+    seed: int = 0
+    temperature: float = 0.0
+    num_launched: int = 0  # of the tokens after the prompt
+    tokens: list[int] = field(default_factory=list)
+
+    def span(self) -> Span:
+        if self.num_launched == 0:
+            return Span(self.prompt, 0, self.blocks)
+        start = len(self.prompt) + self.num_launched - 1
+        is_known = self.num_launched <= len(self.tokens)
+        return Span([self.tokens[self.num_launched - 1] if is_known else -1 - self.row], start, self.blocks)
+
+
+def sampling_of(lines: list[Line]) -> SamplingBatch:
+    positions = [len(line.prompt) + line.num_launched for line in lines]
+    return replace(
+        greedy(len(lines)),
+        temperature=np.array([line.temperature for line in lines], dtype=np.float32),
+        seed=np.array([line.seed for line in lines], dtype=np.uint64),
+        position=np.array(positions, dtype=np.int32),
+    )
+
+
+def run_pipelined(runner: CudaRunner, arrivals: dict[int, list[Line]], *, patient: bool = False) -> None:
+    """Launch each step before the tokens of the one before are asked for, or, `patient`, after; `arrivals`
+    join at their step."""
+    arrivals = dict(arrivals)
+    live: list[Line] = []
+    before: tuple[Pending, list[Line]] | None = None
+    step = 0
+    while live or arrivals or before:
+        live += arrivals.pop(step, [])
+        step += 1
+        launched = None
+        if live:
+            plan = step_plan([line.span() for line in live], BLOCK_TOKENS)
+            rows = np.array([line.row for line in live], dtype=np.int32)
+            launched = runner.launch(plan, sampling_of(live), rows), list(live)
+        for line in live:
+            line.num_launched += 1
+        if patient:
+            before, launched = launched, None
+        if before is not None:
+            pending, lines = before
+            for line, token in zip(lines, pending.tokens().tolist(), strict=True):
+                line.tokens.append(token)
+        before = launched
+        live = [line for line in live if line.num_launched < line.new_tokens]
+
+
+def lines_of(prompts: list[list[int]], new_tokens: list[int], temperature: float = 0.0) -> list[Line]:
+    """Sequences with scattered blocks of their own, each in its own row of the token table."""
+    free = iter(np.random.default_rng(0).permutation(NUM_BLOCKS).tolist())
+    rows = np.random.default_rng(1).permutation(LIMITS.max_num_seqs).tolist()
+    return [
+        Line(
+            prompt,
+            row,
+            [next(free) for _ in range(-(-(len(prompt) + more) // BLOCK_TOKENS))],
+            more,
+            seed=2**63 + row,
+            temperature=temperature,
+        )
+        for prompt, row, more in zip(prompts, rows, new_tokens, strict=False)
+    ]
+
+
+def alone(model: Llama, line: Line) -> list[int]:
+    """The same tokens one by one, each step by itself on the plain runner."""
+    plain, twin = Plain(model), replace(line, tokens=[], num_launched=0)
+    while len(twin.tokens) < line.new_tokens:
+        plan, sampling = step_plan([twin.span()], BLOCK_TOKENS), sampling_of([twin])
+        twin.tokens += plain.execute(plan, sampling).tolist()
+        twin.num_launched += 1
+    return twin.tokens
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+def test_graphs_give_the_plain_runners_tokens(llama, count):
+    """Every batch, padded or not, decodes to what the model runner gives, replay after replay; blocks that
+    are not the sequences' own are never written, though the cache and the dummy block begin as NaN."""
+    rig = Rig(llama)
+    assert generate(rig, PROMPTS[:count], 12, BLOCK_TOKENS) == generate(
+        Plain(llama), PROMPTS[:count], 12, BLOCK_TOKENS
+    )
+    # The prompt alone in the first case is of one token: a decode like the others.
+    assert (rig.device.seen["capture"], rig.device.seen["replay"]) == (1, 10 + (count == 1))
+    held = [-(-(len(prompt) + 12) // BLOCK_TOKENS) for prompt in PROMPTS[:count]]
+    mine = np.random.default_rng(0).permutation(NUM_BLOCKS)[: sum(held)].tolist()
+    rig.check_untouched({*range(NUM_BLOCKS)} - {*mine})
+
+
+def test_a_graph_is_captured_when_it_is_needed_again(llama):
+    """Nothing is captured at the start; a bucket's first step is eager, its second captures, and from
+    then on there are replays alone. Buckets of other sizes, or that draw otherwise, are others."""
+    rig = Rig(llama)
+    assert not rig.device.seen
+    lines = lines_of(PROMPTS[:3], [1] * 3)
+
+    def decode(count: int, temperature: float) -> Counter:
+        spans = [Span([3], len(line.prompt), line.blocks) for line in lines[:count]]
+        sampling = replace(greedy(count), temperature=np.full(count, temperature, dtype=np.float32))
+        with rig.device.counting() as seen:
+            rig.execute(step_plan(spans, BLOCK_TOKENS), sampling)
+        return {name: n for name, n in seen.items() if name in ("eager", "capture", "replay")}
+
+    first, second, later = {"eager": 1}, {"capture": 1, "replay": 1}, {"replay": 1}
+    assert [decode(1, 0), decode(1, 0), decode(1, 0)] == [first, second, later]
+    assert [decode(3, 0), decode(3, 0), decode(1, 0), decode(3, 0)] == [first, second, later, later]
+    assert [decode(3, 1), decode(3, 0), decode(3, 1), decode(3, 1)] == [first, later, second, later]
+
+
+def test_a_step_costs_one_copy_each_way(llama):
+    """Prefill, mixed or decode, eager or replayed: one array goes to the device, one comes back."""
+    rig = Rig(llama)
+    lines = lines_of(PROMPTS[1:4], [8] * 3)
+    run_pipelined(rig.runner, {0: lines[:2], 3: lines[2:]})
+    steps = rig.device.seen["eager"] + rig.device.seen["replay"]
+    assert steps == 11
+    assert (rig.device.seen["to device"], rig.device.seen["to host"]) == (steps, steps)
+
+
+def test_a_step_that_draws_nothing_brings_nothing_back(llama):
+    """A prompt's middle chunk, and every step of a rank that is not the first."""
+    rig = Rig(llama)
+    plan = step_plan([Span([1, 2, 3], 0, [0])], BLOCK_TOKENS)
+    nothing = replace(plan, logits_rows=plan.logits_rows[:0])
+    assert rig.execute(nothing, greedy(0)).shape == (0,)
+    for at in range(3, 6):
+        rig.runner.follow(step_plan([Span([1], at, [0])], BLOCK_TOKENS))
+    rig.device.finish()
+    assert (rig.device.seen["to device"], rig.device.seen["to host"]) == (4, 0)
+    assert rig.device.seen["replay"] == 2
+    assert rig.cache[:, :, 0, :, :6].isfinite().all()
+
+
+def test_a_follower_writes_the_leaders_keys(llama):
+    """Rank 0 and the others run the same steps, so their caches are the same."""
+    leader, follower = Rig(llama), Rig(llama)
+    for start in range(8):
+        plan = step_plan([Span([start], start, [3]), Span([9], start, [5])], BLOCK_TOKENS)
+        leader.execute(plan, greedy(2))
+        follower.runner.follow(plan)
+    follower.device.finish()
+    assert torch.equal(leader.cache[:, :, [3, 5], :, :8], follower.cache[:, :, [3, 5], :, :8])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_step_may_be_launched_before_the_tokens_of_the_one_before(llama, temperature):
+    """Tokens that stay on the device lead to the same text, while sequences join and end in between, and
+    one takes the row of another that has ended."""
+    rig = Rig(llama)
+    lines = lines_of(PROMPTS, [14, 3, 9, 1, 12, 6], temperature)
+    lines[5].row = lines[3].row
+    arrivals = {0: lines[:2], 1: lines[2:3], 4: lines[3:5], 6: lines[5:]}
+    expected = [alone(llama, line) for line in lines]
+    run_pipelined(rig.runner, arrivals)
+    assert [line.tokens for line in lines] == expected
+    assert rig.device.seen["replay"] > 4
+
+
+def test_tokens_are_waited_for_one_step_at_a_time(llama):
+    """Asking for a step's tokens does that step's work and not the next one's; tokens asked for late, when
+    their memory serves other steps, are still their own."""
+    rig = Rig(llama)
+    (line,) = lines_of(PROMPTS[2:3], [9])
+    expected = alone(llama, line)
+    pendings = []
+    for number in range(9):
+        plan = step_plan([line.span()], BLOCK_TOKENS)
+        pendings.append(rig.runner.launch(plan, greedy(1), np.array([line.row], dtype=np.int32)))
+        line.num_launched += 1
+        if number == 1:
+            assert pendings[0].tokens().tolist() == expected[:1]
+            assert len(rig.device._queue) == 3, "copy, forward, copy of the second step"
+    assert [int(pending.tokens()[0]) for pending in pendings] == expected
+
+
+def test_rows_that_want_no_token_are_left_out(llama):
+    """Of a step of single tokens, some the middle of a prompt, only the wanted rows' tokens come."""
+    rig, plain = Rig(llama), Plain(llama)
+    spans = [Span([token], 0, [token]) for token in (4, 5, 6)]
+    plan = step_plan(spans, BLOCK_TOKENS)
+    wanted = replace(plan, logits_rows=plan.logits_rows[[0, 2]])
+    expected = plain.execute(wanted, greedy(2)).tolist()
+    assert [rig.execute(wanted, greedy(2)).tolist() for _ in range(3)] == [expected] * 3
+
+
+def test_a_row_that_is_not_finite_harms_nobody(llama):
+    """It draws -1; the step that was launched upon that runs, and its neighbours' text is theirs."""
+    rig = Rig(llama)
+    broken, sound = lines_of(PROMPTS[3:5], [6, 6])
+    expected = alone(llama, sound)
+    rows = np.array([broken.row, sound.row], dtype=np.int32)
+    seen = []
+    for number in range(6):
+        plan = step_plan([broken.span(), sound.span()], BLOCK_TOKENS)
+        if number == 2:
+            rig.device.finish()
+            rig.cache[0, 0, broken.blocks[0], :, 3] = float("nan")
+        seen.append(rig.runner.launch(plan, greedy(2), rows))
+        broken.num_launched += 1
+        sound.num_launched += 1
+    assert [pending.tokens()[1] for pending in seen] == expected
+    assert [pending.tokens()[0] for pending in seen[2:]] == [-1] * 4
+
+
+def test_more_rows_than_can_be_drawn_are_refused(llama):
+    """The token table has a row for each sequence, and no more."""
+    plan = step_plan([Span([1], 0, [n]) for n in range(7)], BLOCK_TOKENS)
+    with pytest.raises(ValueError, match="max_num_seqs is 6"):
+        Rig(llama).runner.launch(plan, greedy(7))
+
+
+WIDE = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+
+
+def test_the_gpu_kernels_read_a_graphs_buffers(tmp_path):
+    """With the real kernels, interpreted: their worklists in fixed buffers, padding included, give the
+    plain runner's tokens."""
+    save_tiny_llama(tmp_path, **WIDE)
+    model = load(tmp_path, torch.float32)
+    lines = lines_of([PROMPTS[1], PROMPTS[3], PROMPTS[0]], [4, 4, 4])
+    expected = [alone(model, line) for line in lines]
+    device = LazyDevice()
+    cache = allocate_kv_cache(model, NUM_BLOCKS + 1, BLOCK_TOKENS, model.dtype, CPU).fill_(float("nan"))
+    with forced("triton"):
+        run_pipelined(CudaRunner(model, cache, LIMITS, device), {0: lines})
+    assert [line.tokens for line in lines] == expected
+    assert device.seen["replay"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_gpus_graphs_give_its_eager_tokens(tmp_path, temperature):
+    """On a GPU: replays, launched ahead or not, draw what the same steps draw without any graph, while
+    sequences join and end. (Other batches would round otherwise: cuBLAS has a kernel for each shape.)"""
+    worker = gpu_worker(tmp_path)
+    runs = []
+    for has_graphs, patient in ((True, False), (True, True), (False, False)):
+        lines = lines_of(PROMPTS, [40, 9, 25, 1, 30, 12], temperature)
+        worker._runner._graphs = {} if has_graphs else _Forgetful()
+        arrivals = {0: lines[:2], 1: lines[2:3], 7: lines[3:]}
+        run_pipelined(worker._runner, arrivals, patient=patient)
+        captured = [graph for graph in worker._runner._graphs.values() if graph._graph is not None]
+        assert len(captured) >= 3 if has_graphs else not captured
+        runs.append([line.tokens for line in lines])
+    assert runs[0] == runs[1] == runs[2]
+    assert all(token >= 0 for tokens in runs[0] for token in tokens)
+
+
+class _Forgetful(dict):
+    """Every bucket is new to it: all steps are first ones, which run eagerly."""
+
+    def get(self, key, default=None):
+        return default
+
+    def setdefault(self, key, default=None):
+        return default
+
+
+def gpu_worker(folder) -> Worker:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    save_tiny_llama(
+        folder, **(WIDE | dict(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2))
+    )
+    return Worker(
+        ExecutorOptions(
+            weights=tuple(folder.glob("*.safetensors")),
+            spec=read_model_spec(folder),
+            dtype="float16",
+            device="cuda",
+            block_tokens=BLOCK_TOKENS,
+            kv_blocks=NUM_BLOCKS,
+            max_num_seqs=LIMITS.max_num_seqs,
+        )
+    )
