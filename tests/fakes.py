@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from serving.engine.executor import Done
 from serving.engine.machine import Machine
 from serving.engine.plan import SamplingBatch, StepPlan
 
@@ -24,7 +25,8 @@ class FakeExecutor:
     """An executor whose "KV cache" holds each slot's token and position.
 
     It draws from what it reads back through the block tables, so a wrong table, a slot overwritten
-    too early or a prefix block with other content changes its outputs or fails an assertion.
+    too early or a prefix block with other content changes its outputs or fails an assertion. A step has been
+    run when its launch returns; whoever it runs ahead of need not ask for its tokens before the next launch.
     `is_poisoned` says for which contexts the logits are not finite.
     """
 
@@ -36,23 +38,27 @@ class FakeExecutor:
         block_tokens: int,
         vocab_size: int = 97,
         is_poisoned: Callable[[tuple[int, ...]], bool] = lambda token_ids: False,
+        runs_ahead: bool = False,
     ) -> None:
+        self.runs_ahead = runs_ahead
         self.num_blocks = num_blocks
         self.vocab_size = vocab_size
         self.num_steps = 0
         self.computed_tokens = 0
         self._block_tokens = block_tokens
         self._is_poisoned = is_poisoned
+        self._drawn = np.full(1, EMPTY, dtype=np.int32)  # by the launch before
         self._token_of = np.full(num_blocks * block_tokens, EMPTY, dtype=np.int32)
         self._position_of = np.full(num_blocks * block_tokens, EMPTY, dtype=np.int32)
 
     def measure_machine(self) -> Machine:
         return Machine()
 
-    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
+    def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Done:
         """Write all keys and values, then attend: the order of a real forward pass."""
+        token_ids = self._known(plan.token_ids)
         assert len(np.unique(plan.slot_mapping)) == len(plan.slot_mapping), "two tokens in one slot"
-        self._token_of[plan.slot_mapping] = plan.token_ids
+        self._token_of[plan.slot_mapping] = token_ids
         self._position_of[plan.slot_mapping] = plan.positions
         self.num_steps += 1
         self.computed_tokens += len(plan.token_ids)
@@ -60,10 +66,18 @@ class FakeExecutor:
             self._draw(plan, int(row), int(sampling.seed[index]), int(sampling.position[index]))
             for index, row in enumerate(plan.logits_rows)
         ]
-        return np.array(drawn, dtype=np.int32)
+        self._drawn = np.array(drawn, dtype=np.int32)
+        return Done(self._drawn)
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def _known(self, token_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        unknown = token_ids < 0
+        assert self.runs_ahead or not unknown.any(), "a placeholder"
+        known = token_ids.copy()
+        known[unknown] = self._drawn[-1 - token_ids[unknown]]
+        return known
 
     def _draw(self, plan: StepPlan, row: int, seed: int, position: int) -> int:
         sequence = int(np.searchsorted(plan.query_start, row, side="right")) - 1

@@ -2,23 +2,32 @@
 
     submit, abort, drain, load ── any thread ──┐
                                                ├─ one short lock ── Scheduler
-    step: schedule ─► execute ─► complete ─────┘
+    step: schedule ─► launch ─► complete ──────┘
                       (unlocked)
+
+Where the executor runs ahead, a step is launched before the one before it is complete: its sequences' new
+tokens are read on the device, and the host's work is hidden behind the device's. A step is decided on
+without knowing who ends in the one before, so a sequence that meets a stop token is computed once more.
+
+    host     schedule 2, launch ─ wait for 1 ─ complete 1, publish ─ schedule 3, launch ─ wait for 2 ─ ...
+    device   ──── 1 ──────────────────────────┼──── 2 ───────────────────────────────────────┼──── 3 ...
 
 Every accepted request ends with exactly one delta that has a finish reason, whatever happens.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from cluster.load import ReplicaLoad
-from serving.engine.executor import Executor
+from serving.engine.executor import Executor, Launched
 from serving.engine.governor import Governor, RunningLoad, StepBudget
 from serving.engine.scheduled_step import ScheduledStep, build_plan
 from serving.engine.scheduler import Scheduler
@@ -48,6 +57,16 @@ class EngineIdentity:
     epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A launched step, and when its scheduling began and ended."""
+
+    step: ScheduledStep
+    launched: Launched
+    started_s: float
+    scheduled_s: float
+
+
 class Engine:
     """Thread-safe; `step` and `run` belong to one thread, the step thread. `clock` gives seconds."""
 
@@ -66,8 +85,9 @@ class Engine:
         self._identity = identity
         self._clock = clock
         self._governor = governor
-        self._last_finished_s = 0.0
+        self._last_finished_s = -math.inf
         self._block_tokens = scheduler.pool.block_tokens
+        self._flights: deque[_Flight] = deque()  # the step thread's
         self._wake = threading.Condition(threading.Lock())  # guards everything below, and the scheduler
         self._is_stale = True  # the load has changed since the last frame, with no step to tell it
         self._is_draining = False
@@ -131,20 +151,30 @@ class Engine:
     # ---- the step thread ------------------------------------------------------------------------
 
     def step(self) -> StepFrame | None:
-        """Schedule, run, sample, and return the news; None when there is nothing to do or to tell."""
+        """Complete a step, with the next one on its way; None when there is nothing to do or to tell."""
+        if not self._flights:
+            self._launch_next()
+        if not self._flights:
+            with self._wake:
+                return self._frame_without_step()
+        if self._executor.runs_ahead:
+            self._launch_next()
+        flight = self._flights.popleft()
+        token_ids = flight.launched.tokens()
+        with self._wake:
+            finished_s = self._clock()
+            deltas = self._scheduler.complete(flight.step, token_ids, finished_s)
+            return self._frame(flight.step.number, deltas, self._observe(flight, finished_s))
+
+    def _launch_next(self) -> None:
         started_s = self._clock()
         with self._wake:
             step = self._scheduler.schedule(started_s, self._budget())
-            if step is None:
-                return self._frame_without_step()
-        plan, sampling = build_plan(step, self._block_tokens)
-        scheduled_s = self._clock()
-        token_ids = self._executor.execute(plan, sampling)
-        with self._wake:
-            finished_s = self._clock()
-            deltas = self._scheduler.complete(step, token_ids, finished_s)
-            stats = self._observe(step, started_s, scheduled_s, finished_s)
-            return self._frame(step.number, deltas, stats)
+        if step is not None:
+            plan, sampling = build_plan(step, self._block_tokens)
+            scheduled_s = self._clock()
+            launched = self._executor.launch(plan, sampling)
+            self._flights.append(_Flight(step, launched, started_s, scheduled_s))
 
     def run(self, publish: Callable[[StepFrame], None], idle: Callable[[], None] | None = None) -> None:
         """Step and publish until `stop`, asleep while there is nothing to do.
@@ -225,14 +255,16 @@ class Engine:
         load = RunningLoad.of(self._scheduler.running)
         return self._governor.budget(load, self._step_time.coefficients, self._step_time.usual_error)
 
-    def _observe(
-        self, step: ScheduledStep, started_s: float, scheduled_s: float, finished_s: float
-    ) -> StepStats:
-        """Teach the step-time model this step, and say what was expected of it before."""
+    def _observe(self, flight: _Flight, finished_s: float) -> StepStats:
+        """Teach the step-time model this step, and say what was expected of it before.
+
+        A step's time is what it adds to the one before: launched ahead, it begins when that one ends.
+        """
+        step = flight.step
         self._step_time.bytes_per_weight = self._executor.bytes_per_weight
         shape = StepShape.of(step)
         predicted_ms = self._step_time.predict_ms(shape)
-        step_ms = (finished_s - started_s) * 1e3
+        step_ms = (finished_s - max(flight.started_s, self._last_finished_s)) * 1e3
         if step_ms > 0:  # a coarse clock may not have moved
             self._step_time.observe(shape, step_ms)
         if self._governor is not None and step.decode_tokens:  # then there was a step just before
@@ -243,7 +275,7 @@ class Engine:
         return StepStats(
             step_ms=step_ms,
             predicted_ms=predicted_ms,
-            schedule_ms=(scheduled_s - started_s) * 1e3,
+            schedule_ms=(flight.scheduled_s - flight.started_s) * 1e3,
             batch_size=len(step.chunks),
             prefill_tokens=step.prefill_tokens,
             decode_tokens=step.decode_tokens,

@@ -45,6 +45,24 @@ class ExecutorOptions:
     mock: MockEngineConfig | None = None  # for `mock_executor` alone
 
 
+class Launched(Protocol):
+    """A step that runs, or has run."""
+
+    def tokens(self) -> NDArray[np.int32]:
+        """[S] the token drawn of each wanted row, -1 where its logits were not finite; waits for them."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that was over when its launch returned."""
+
+    token_ids: NDArray[np.int32]
+
+    def tokens(self) -> NDArray[np.int32]:
+        return self.token_ids
+
+
 class Executor(Protocol):
     """Runs a step on every rank. `Worker` is the real one, `MockExecutor` has no model; tests use a fake."""
 
@@ -62,10 +80,15 @@ class Executor(Protocol):
         """What the machines of all ranks give together; may take some tenths of a second."""
         ...
 
-    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
-        """Run the model over `plan` and draw one token a wanted row.
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether `launch` returns while the step runs, so that the next is better launched behind it."""
+        ...
 
-        Returns [S] token ids; -1 where the row's logits were not finite.
+    def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Launched:
+        """Run the model over `plan` and draw one token a wanted row, after all steps launched before.
+
+        Where it runs ahead, a token id -1 - i in `plan` stands for the i-th one that the launch before draws.
         """
         ...
 

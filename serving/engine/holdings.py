@@ -56,12 +56,12 @@ class Holdings:
     def allocate(self, sequence: Sequence, count: int) -> None:
         self._extend(sequence, self.pool.allocate(count))
 
-    def register_full(self, sequence: Sequence) -> None:
-        """Offer the blocks that have been computed to the end to whoever has the same prefix."""
-        if sequence.num_computed < (sequence.num_registered + 1) * self.pool.block_tokens:
+    def register_full(self, sequence: Sequence, num_computed: int) -> None:
+        """Offer the blocks that `num_computed` tokens fill to whoever has the same prefix."""
+        if num_computed < (sequence.num_registered + 1) * self.pool.block_tokens:
             return
         hashes = sequence.block_hashes
-        for index in range(sequence.num_registered, sequence.num_computed // self.pool.block_tokens):
+        for index in range(sequence.num_registered, num_computed // self.pool.block_tokens):
             parent = hashes[index - 1] if index else sequence.hash_root
             self.pool.register(sequence.block_table[index], hashes[index], parent)
             sequence.num_registered = index + 1

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.config import MockEngineConfig
-from serving.engine.executor import KV_DTYPES, ExecutorOptions
+from serving.engine.executor import KV_DTYPES, Done, ExecutorOptions
 from serving.engine.kv_sizing import DEFAULT_CPU_KV_BYTES
 from serving.engine.machine import Machine
 from serving.engine.plan import SamplingBatch, StepPlan
@@ -44,6 +44,7 @@ class MockExecutor:
     """
 
     bytes_per_weight = float(_VALUE_BYTES)
+    runs_ahead = False
 
     def __init__(self, options: ExecutorOptions, sleep: Callable[[float], None] = time.sleep) -> None:
         assert options.world_size == 1, "the config lets no mock engine have several ranks"
@@ -66,14 +67,14 @@ class MockExecutor:
         token_flops = step_flops(self._spec, StepShape(1, 0, 0, 0))
         return Machine(token_flops / token_s, BOUNDLESS_BYTES_PER_S, self._step.base_ms)
 
-    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
-        """[S] token ids, after the step's milliseconds."""
+    def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Done:
+        """Returns after the step's milliseconds."""
         started_s = time.perf_counter()
         tokens = self._draw(sampling)
         left_s = started_s + self.step_ms(plan) / 1e3 - time.perf_counter()
         if left_s > 0:
             self._sleep(left_s)
-        return tokens
+        return Done(tokens)
 
     def step_ms(self, plan: StepPlan) -> float:
         new_tokens = np.diff(plan.query_start).astype(np.float64)

@@ -36,6 +36,17 @@ class ScheduledStep:
     prefix_hit_tokens: int  # of the prompts admitted in this step
     prefix_query_tokens: int
 
+    def expect(self) -> None:
+        """Tell the sequences that they are scheduled. A placeholder -1 - i is the i-th token the step draws:
+        what a step launched right after it has in place of a token.
+        """
+        num_drawn = 0
+        for chunk in self.chunks:
+            chunk.sequence.num_computed = chunk.end
+            if chunk.wants_token:
+                num_drawn += 1
+                chunk.sequence.expect(-num_drawn)
+
     @property
     def decode_tokens(self) -> int:
         return sum([chunk.is_decode for chunk in self.chunks])  # each of one token

@@ -5,6 +5,10 @@ A pure state machine: requests and sampled tokens in, steps and deltas out; no c
     reserve ──► waiting ──admit──► running ──complete──► deltas, the last with a finish reason
                    └──◄── preempt ────┘
 
+A step may be scheduled while the one before is still in flight: what that one draws is a placeholder then,
+and what it computes counts as computed, for steps run in the order in which they were scheduled. So a block
+that is released while a step in flight still writes to it may be handed out at once.
+
 - A request is accepted when its reservation fits beside all outstanding ones, and beside the growth that
   is foreseen of what runs; one that reserves nothing is only queued. Prefix blocks that it matches are
   held from then on; the rest of the reservation turns into blocks as they are allocated.
@@ -14,12 +18,14 @@ A pure state machine: requests and sampled tokens in, steps and deltas out; no c
 - When a decode finds no block, holds of waiting sequences go first, then the running sequence with
   the least computed work in the lowest priority class is preempted: its blocks are released (still
   cached until reallocated) and it computes again what it then lacks. Nobody is preempted a second
-  time before it has won a token, so the preemptions are finite and everyone finishes.
+  time before it has won a token, so the preemptions are finite and everyone finishes. While a step is in
+  flight nobody is preempted: what it draws may end a sequence and make room.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import deque
 from dataclasses import dataclass
 
 import msgspec
@@ -35,6 +41,7 @@ from serving.engine.sequence import Sequence, SequenceState
 from serving.messages import Accepted, FinishReason, Refused, SequenceDelta, SubmitReply
 
 NOT_FINITE = "the model's logits were not finite"
+MAX_IN_FLIGHT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +69,7 @@ class LoadFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scheduler:
-    """Not thread-safe. `schedule` and `complete` alternate; the rest may be called in between."""
+    """Not thread-safe. Steps are completed in the order in which they were scheduled."""
 
     def __init__(self, pool: BlockPool, limits: SchedulerLimits, growth: OutputGrowth | None = None) -> None:
         """`growth` foretells outputs' lengths; by default it starts from the common prior."""
@@ -78,12 +85,12 @@ class Scheduler:
         self._ends: dict[str, SequenceDelta] = {}  # aborted between steps, not yet told
         self._last_arrival = 0
         self._step_number = 0
-        self._in_flight: ScheduledStep | None = None
+        self._in_flight: deque[ScheduledStep] = deque()  # at most MAX_IN_FLIGHT
 
     @property
     def has_work(self) -> bool:
-        """Somebody is still to be told something."""
-        return bool(self._live or self._ends)
+        """Somebody is still to be told something, or a step is to be completed."""
+        return bool(self._live or self._ends or self._in_flight)
 
     @property
     def running(self) -> tuple[Sequence, ...]:
@@ -122,13 +129,12 @@ class Scheduler:
     def abort(self, request_id: str) -> bool:
         """End a request; its delta comes with the next ones. False when it is not here any more.
 
-        Blocks that a step in flight writes to are released only when that step completes.
+        What a step in flight works on ends when that step completes.
         """
         sequence = self._live.get(request_id)
         if sequence is None or sequence.is_aborted:
             return False
-        step = self._in_flight
-        if step is not None and any(chunk.sequence is sequence for chunk in step.chunks):
+        if any(chunk.sequence is sequence for step in self._in_flight for chunk in step.chunks):
             sequence.is_aborted = True
         else:
             self._ends[request_id] = self._finish(sequence, "abort")
@@ -137,11 +143,16 @@ class Scheduler:
     # ---- steps out ------------------------------------------------------------------------------
 
     def schedule(self, now_s: float, limit: StepBudget | None = None) -> ScheduledStep | None:
-        """The next step, or None when nothing is waiting or running. `limit` is the governor's."""
-        assert self._in_flight is None, "complete the step before"
+        """The next step, or None when there is none before those in flight are complete. `limit` is the
+        governor's.
+        """
+        assert len(self._in_flight) < MAX_IN_FLIGHT, "complete a step first"
+        growing = self._growing()
+        if self._in_flight and not self._unpin_waiting(len(growing)):
+            return None
         limit = limit or StepBudget(self.limits.max_step_tokens, self.limits.max_num_seqs)
         budget = min(self.limits.max_step_tokens, limit.max_tokens)
-        num_preemptions = self._grow_decodes()
+        num_preemptions = self._grow(growing)
         chunks: list[Chunk] = []
         for sequence in self._decodes_first():
             if budget == 0:
@@ -158,28 +169,32 @@ class Scheduler:
             chunks.append(_chunk(admitted, budget))
             budget -= chunks[-1].num_tokens
         if not chunks:
-            assert not self._live, "live sequences, and no step for them"
+            assert self._in_flight or not self._live, "live sequences, and no step for them"
             return None
         self._step_number += 1
-        self._in_flight = ScheduledStep(self._step_number, tuple(chunks), num_preemptions, hits, queries)
-        return self._in_flight
+        step = ScheduledStep(self._step_number, tuple(chunks), num_preemptions, hits, queries)
+        step.expect()
+        self._in_flight.append(step)
+        return step
 
     def complete(
         self, step: ScheduledStep, token_ids: NDArray[np.int32], now_s: float
     ) -> tuple[SequenceDelta, ...]:
-        """Take in the step's drawn tokens, one a chunk that wants one, -1 for logits not finite.
+        """Take in the tokens that the oldest step in flight drew, one a chunk that wants one, -1 for logits
+        not finite.
 
-        A stop token is part of its sequence's delta. Returns the news of every request that has
-        some, those aborted meanwhile included.
+        A stop token is part of its sequence's delta; what a later step in flight draws after it is dropped.
+        Returns the news of every request that has some, those aborted meanwhile included.
         """
-        assert step is self._in_flight
-        self._in_flight = None
+        assert step is self._in_flight[0]
+        self._in_flight.popleft()
         drawn = iter(token_ids.tolist())
         deltas = []
         for chunk in step.chunks:
             token_id = next(drawn) if chunk.wants_token else None
-            chunk.sequence.num_computed = chunk.end
-            delta = self._advance(chunk.sequence, token_id, now_s)
+            if chunk.sequence.state is SequenceState.FINISHED:
+                continue
+            delta = self._advance(chunk, token_id, now_s)
             if delta is not None:
                 deltas.append(delta)
         return (*deltas, *self.take_ends())
@@ -192,7 +207,7 @@ class Scheduler:
 
     def end_all(self, reason: FinishReason, why: str) -> tuple[SequenceDelta, ...]:
         """End every request, whatever is in flight: for an engine that goes on no more."""
-        self._in_flight = None
+        self._in_flight.clear()
         ended = [self._finish(sequence, reason, why) for sequence in list(self._live.values())]
         return (*self.take_ends(), *ended)
 
@@ -235,6 +250,8 @@ class Scheduler:
         decodes: list[Sequence] = []
         prefills: list[Sequence] = []
         for sequence in self._running:
+            if sequence.is_ending:
+                continue
             (decodes if sequence.is_decoding else prefills).append(sequence)
         return decodes + prefills
 
@@ -266,9 +283,10 @@ class Scheduler:
         )
 
     def _backlog_tokens(self) -> int:
-        """Tokens that wait for their prefill."""
+        """Tokens that wait for their prefill, or are in the middle of it."""
         decoding = sum(sequence.is_decoding for sequence in self._running)
-        return sum([len(s.token_ids) - s.num_computed for s in self._live.values()]) - decoding
+        unscheduled = sum([len(s.token_ids) - s.num_computed for s in self._live.values()]) - decoding
+        return unscheduled + sum(step.prefill_tokens for step in self._in_flight)
 
     def _admit_next(self, max_running: int) -> Sequence | None:
         """Move the head of the line to running, with blocks for its known tokens; None if it must wait.
@@ -297,12 +315,15 @@ class Scheduler:
 
     # ---- blocks ---------------------------------------------------------------------------------
 
-    def _grow_decodes(self) -> int:
-        """A block for each decode whose last one is full; returns the preemptions that took."""
+    def _growing(self) -> list[Sequence]:
+        """The decodes whose last block is full; a prefill has blocks for all its tokens."""
+        size = self.pool.block_tokens
+        return [s for s in self._running if len(s.token_ids) > len(s.block_table) * size and not s.is_ending]
+
+    def _grow(self, growing: list[Sequence]) -> int:
+        """A block for each of them; returns the preemptions that took."""
         num_preemptions = 0
-        block_tokens = self.pool.block_tokens
-        full = [s for s in self._running if len(s.token_ids) > len(s.block_table) * block_tokens]
-        for sequence in full:  # a prefill has blocks for all its tokens
+        for sequence in growing:
             while sequence.state is SequenceState.RUNNING and not self._unpin_waiting(1):
                 self._preempt(self._choose_victim())
                 num_preemptions += 1
@@ -340,22 +361,23 @@ class Scheduler:
 
     # ---- progress -------------------------------------------------------------------------------
 
-    def _advance(self, sequence: Sequence, token_id: int | None, now_s: float) -> SequenceDelta | None:
-        """One sequence after its chunk has run; `token_id` is None where no token was wanted."""
+    def _advance(self, chunk: Chunk, token_id: int | None, now_s: float) -> SequenceDelta | None:
+        """A live sequence after its chunk has run; `token_id` is None where no token was wanted."""
+        sequence = chunk.sequence
         if token_id is not None and token_id < 0:
             self._distrust(sequence)
             return self._finish(sequence, "error", NOT_FINITE)
-        self._holdings.register_full(sequence)
+        self._holdings.register_full(sequence, chunk.end)
         if sequence.is_aborted:
             return self._finish(sequence, "abort")
         if token_id is None:
             return None
-        sequence.append(token_id)
-        times = sequence.times(now_s) if sequence.num_outputs == 1 else None
+        sequence.learn(token_id)
+        times = sequence.times(now_s) if sequence.num_known == sequence.prompt_tokens + 1 else None
         reason: FinishReason | None = None
         if token_id in sequence.sampling.stop_token_ids:
             reason = "stop"
-        elif len(sequence.token_ids) >= sequence.most_tokens:
+        elif sequence.num_known >= sequence.most_tokens:
             reason = "length"
         if reason is not None:
             self._finish(sequence, reason)
@@ -379,6 +401,7 @@ class Scheduler:
         )
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> SequenceDelta:
+        sequence.forget_pending()
         self._holdings.close(sequence)
         is_waiting = sequence.state is SequenceState.WAITING
         _remove(self._waiting if is_waiting else self._running, sequence)

@@ -1,11 +1,14 @@
 """One request inside the engine: its tokens, how far they are computed, and its blocks.
 
-tokens    p p p p p p p p o o o        prompt, then outputs
+tokens    p p p p p p p p o o ?        prompt, then outputs; `?` a step in flight draws
           └ computed ────────┘ └ the last one is always still to compute
 blocks    [ 7 ][ 2 ][ 9 ]              block_table; the first num_registered are named in the pool
 
 WAITING ──admit──► RUNNING ──► FINISHED
    └──◄──preempt──────┘
+
+What is scheduled counts as computed: steps run in the order in which they were scheduled, so whatever is
+scheduled later finds it done.
 """
 
 from __future__ import annotations
@@ -59,9 +62,10 @@ class Sequence:
     max_backlog_tokens: int | None = None  # it was sent here in the belief that no more prefill waits
 
     token_ids: array[int] = field(default_factory=_ints)  # int32, prompt and outputs
-    block_hashes: list[bytes] = field(default_factory=list)  # of every full block of token_ids
+    num_pending: int = 0  # of the last outputs: placeholders of tokens that steps in flight draw
+    block_hashes: list[bytes] = field(default_factory=list)  # of every full block of known tokens
     block_table: array[int] = field(default_factory=_ints)  # int32
-    num_computed: int = 0  # tokens whose keys and values are in the block table
+    num_computed: int = 0  # tokens whose keys and values are in the block table, or scheduled to be
     num_registered: int = 0  # leading blocks that need no further naming in the pool
     most_tokens: int = 0  # the scheduler's limit: with so many it ends
     arrival: int = 0  # given by the scheduler when it accepts
@@ -107,6 +111,16 @@ class Sequence:
         return len(self.token_ids) - self.prompt_tokens
 
     @property
+    def num_known(self) -> int:
+        """Tokens that are no placeholders."""
+        return len(self.token_ids) - self.num_pending
+
+    @property
+    def is_ending(self) -> bool:
+        """Once the steps in flight are complete there is nothing more to compute for it."""
+        return self.is_aborted or len(self.token_ids) >= self.most_tokens
+
+    @property
     def num_uncomputed(self) -> int:
         """Tokens still to compute, at least the last one."""
         return len(self.token_ids) - self.num_computed
@@ -133,10 +147,22 @@ class Sequence:
         """
         return self.block_hashes[len(self.block_table) : (self.num_tokens - 1) // self.block_tokens]
 
-    def append(self, token_id: int) -> None:
-        self.token_ids.append(token_id)
-        if len(self.token_ids) % self.block_tokens == 0:
+    def expect(self, placeholder: int) -> None:
+        """A token will follow: a step that draws it has been scheduled."""
+        self.token_ids.append(placeholder)
+        self.num_pending += 1
+
+    def learn(self, token_id: int) -> None:
+        """The first of the placeholders has become known."""
+        self.token_ids[self.num_known] = token_id
+        self.num_pending -= 1
+        if self.num_known % self.block_tokens == 0:
             self._extend_hashes()
+
+    def forget_pending(self) -> None:
+        """Nobody wants any more what steps in flight draw."""
+        del self.token_ids[self.num_known :]
+        self.num_pending = 0
 
     def times(self, now_s: float) -> SequenceTimes:
         """Where the time until the first token, at `now_s`, went."""
@@ -150,7 +176,7 @@ class Sequence:
     def _extend_hashes(self) -> None:
         """Hash the blocks that have become full; the chain of `block_hash.hash_blocks`."""
         start = len(self.block_hashes) * self.block_tokens
-        while start + self.block_tokens <= self.num_tokens:
+        while start + self.block_tokens <= self.num_known:
             parent = self.block_hashes[-1] if self.block_hashes else self.hash_root
             end = start + self.block_tokens
             self.block_hashes.append(hash_block(parent, self.token_ids[start:end]))

@@ -1,7 +1,7 @@
 """One tensor-parallel rank: loads its shard, sizes its KV pool, runs the steps rank 0 plans.
 
-    rank 0:  execute(plan) ─ broadcast plan ─► run ─► sample ─► token ids
-    others:  follow()      ◄─ broadcast plan ─  run   (until the stop message)
+    rank 0:  launch(plan) ─ broadcast plan ─► run ─► sample ─► token ids
+    others:  follow()     ◄─ broadcast plan ─  run   (until the stop message)
 
 A message is int32 [_MESSAGE_INTS]: kind, length, then the plan's array; what does not fit follows in
 a second broadcast. Between steps the others sleep in the first broadcast; rank 0's `keep_alive`
@@ -24,7 +24,7 @@ from kernels.cpu import library as native
 from kernels.machine import measure
 from serving.engine.cuda_device import CudaDevice
 from serving.engine.cuda_runner import CudaRunner
-from serving.engine.executor import KV_DTYPES, ExecutorOptions
+from serving.engine.executor import KV_DTYPES, Done, ExecutorOptions, Launched
 from serving.engine.graph_buckets import StepLimits, graphs_bytes
 from serving.engine.kv_sizing import (
     DEFAULT_CPU_KV_BYTES,
@@ -116,16 +116,21 @@ class Worker:
         nodes = self._world_size / self._ranks_here  # ranks on one machine share its memory
         return Machine(flops_per_s * self._world_size, bytes_per_s * nodes)
 
-    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
-        """Run `plan` on every rank and draw one token a wanted row: [S], -1 where not finite."""
+    @property
+    def runs_ahead(self) -> bool:
+        """A GPU does; on a CPU the step itself would wait for the host's work."""
+        return isinstance(self._runner, CudaRunner)
+
+    def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Launched:
+        """Run `plan` on every rank and draw one token a wanted row; a GPU does so while this returns."""
         self._send(_PLAN, plan.pack())
         if self._upgrade is not None and self._upgrade.is_over:
             self._runner = self._upgrade.take() or self._runner
             self._upgrade = None
         if isinstance(self._runner, CudaRunner):
-            return self._runner.launch(plan, sampling).tokens()
+            return self._runner.launch(plan, sampling)
         with torch.inference_mode():
-            return self._runner.draw(self._runner.logits(plan), sampling)
+            return Done(self._runner.draw(self._runner.logits(plan), sampling))
 
     def follow(self) -> None:
         """Run what rank 0 plans until it stops. Raises RuntimeError when rank 0 dies."""

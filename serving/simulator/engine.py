@@ -77,7 +77,10 @@ class SimSequence(Sequence):
     @property
     def next_token(self) -> int:
         """What the model draws next."""
-        return STOP if len(self.token_ids) + 1 >= self.end_tokens else ORDINARY
+        return STOP if self.num_known + 1 >= self.end_tokens else ORDINARY
+
+    def expect(self, placeholder: int) -> None:
+        super().expect(ORDINARY)
 
     def grow(self, num_tokens: int) -> None:
         """Append so many ordinary tokens."""
@@ -85,7 +88,7 @@ class SimSequence(Sequence):
         self._extend_hashes()
 
     def _extend_hashes(self) -> None:
-        hashes, full = self.block_hashes, len(self.token_ids) // self.block_tokens
+        hashes, full = self.block_hashes, self.num_known // self.block_tokens
         while len(hashes) < full:
             index = len(hashes) - self.prompt_blocks
             if index < len(self.output_hashes):
@@ -151,7 +154,7 @@ class DecodeRun:
                 holdings.allocate(sequence, 1)
             else:
                 sequence.num_computed = (sequence.num_registered + 1) * sequence.block_tokens
-                holdings.register_full(sequence)
+                holdings.register_full(sequence, sequence.num_computed)
             self._num_changes_done += 1
         for sequence in self._sequences:
             sequence.num_computed = len(sequence.token_ids) - 1
@@ -175,7 +178,7 @@ class SimScheduler(Scheduler):
 
     def decode_run(self, start_s: float, step: StepCoefficients) -> DecodeRun | None:
         """The steps from here on that are all alike; None where there are not at least two."""
-        if not self._running or self._in_flight is not None or self._may_admit():
+        if not self._running or self._in_flight or self._may_admit():
             return None
         num_steps = 1 << 30
         for sequence in self._running:

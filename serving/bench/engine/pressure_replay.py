@@ -150,7 +150,7 @@ class RealSteps:
 
     def run(self, step: ScheduledStep) -> NDArray[np.int32]:
         started_s = self.clock()
-        drawn = self._executor.execute(*build_plan(step, self._block_tokens))
+        drawn = self._executor.launch(*build_plan(step, self._block_tokens)).tokens()
         self._step_time.observe(StepShape.of(step), (self.clock() - started_s) * 1e3)
         drawn = np.where(drawn == STOP_TOKEN, OTHER_TOKEN, drawn)
         return np.where(_ends(step, self._lengths), STOP_TOKEN, drawn).astype(np.int32)

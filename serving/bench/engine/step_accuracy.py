@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 
 from serving.bench.engine.offline import BenchRequest, EngineSetup, EngineUnderTest
+from serving.engine.executor import Launched
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.messages import StepStats
 
@@ -108,19 +109,19 @@ class _Recorder:
 
     def __post_init__(self) -> None:
         executor = self.under_test.engine._executor
-        self._execute = executor.execute
+        self._launch = executor.launch
         self._executor = executor
-        executor.execute = self._record  # type: ignore[method-assign]
+        executor.launch = self._record  # type: ignore[method-assign]
 
     def detach(self) -> None:
-        self._executor.execute = self._execute  # type: ignore[method-assign]
+        self._executor.launch = self._launch  # type: ignore[method-assign]
 
-    def _record(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
+    def _record(self, plan: StepPlan, sampling: SamplingBatch) -> Launched:
         self._num_steps += 1
         due = self._num_steps > self.skip and self._num_steps % (MEASURED_STEPS // _KEPT_PLANS) == 0
         if due and len(self.kept) < _KEPT_PLANS:
             self.kept.append((plan, sampling))
-        return self._execute(plan, sampling)
+        return self._launch(plan, sampling)
 
 
 def _repeat_noise(
@@ -132,7 +133,7 @@ def _repeat_noise(
     for _ in range(_REPEATS + 1):
         for index in rng.permutation(len(kept)).tolist():
             started_s = time.perf_counter()
-            executor.execute(*kept[index])
+            executor.launch(*kept[index]).tokens()
             times[index].append(time.perf_counter() - started_s)
     deviations = [np.abs(np.array(t[1:]) / np.median(t[1:]) - 1) for t in times.values()]
     return Errors.of(np.concatenate(deviations))

@@ -5,9 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from serving.engine.executor import Launched
 from serving.engine.machine import Machine
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.engine.worker import Worker
@@ -33,8 +31,12 @@ class TimedExecutor:
     def measure_machine(self) -> Machine:
         return self._worker.measure_machine()
 
-    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
-        return self._worker.execute(plan, sampling)
+    @property
+    def runs_ahead(self) -> bool:
+        return self._worker.runs_ahead
+
+    def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Launched:
+        return self._worker.launch(plan, sampling)
 
     def close(self) -> None:
         self._worker.close()

@@ -9,11 +9,9 @@ from __future__ import annotations
 import time
 
 import msgspec
-import numpy as np
-from numpy.typing import NDArray
 
 from cluster.load import StepCoefficients
-from serving.engine.executor import Executor
+from serving.engine.executor import Done, Executor
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.engine.step_time import StepShape, StepTimeModel
 from serving.model_spec import ModelSpec
@@ -75,6 +73,8 @@ class RecordingStepTime(StepTimeModel):
 class ScriptedExecutor:
     """An executor whose tokens are computed, and then replaced by the script's."""
 
+    runs_ahead = False  # the script's token replaces the model's before the next step is planned
+
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._replies: dict[int, Script] = {}
@@ -91,15 +91,15 @@ class ScriptedExecutor:
         """From now on; earlier scripts are over."""
         self._replies = {script.seed: script for script in scripts}
 
-    def execute(self, plan: StepPlan, sampling: SamplingBatch) -> NDArray[np.int32]:
-        drawn = self._executor.execute(plan, sampling).copy()
+    def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Done:
+        drawn = self._executor.launch(plan, sampling).tokens().copy()
         for row, (seed, position) in enumerate(
             zip(sampling.seed.tolist(), sampling.position.tolist(), strict=True)
         ):
             if drawn[row] >= 0:  # else it says that the logits were not finite
                 script = self._replies[seed]
                 drawn[row] = script.token_ids[position - script.prompt_tokens]
-        return drawn
+        return Done(drawn)
 
     def close(self) -> None:
         self._executor.close()

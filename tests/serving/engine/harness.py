@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
 
 from serving.engine.block_pool import BlockPool
+from serving.engine.executor import Done
 from serving.engine.growth import OutputGrowth
 from serving.engine.scheduled_step import ScheduledStep, build_plan
-from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerLimits
 from serving.engine.sequence import Sequence, SequenceState
 from serving.messages import Accepted, SamplingParams, SequenceDelta, Submit, SubmitReply
 from tests.fakes import FakeExecutor, fake_next_token
@@ -77,20 +79,23 @@ class Harness:
     max_context_tokens: int = 1000
     foresees: bool = False  # else it admits whatever fits now, so that small cases come under pressure
     is_poisoned: Callable[[tuple[int, ...]], bool] = lambda token_ids: False
+    runs_ahead: bool = False  # else a step ends before the next begins
     now_s: float = 0.0
     submits: dict[str, Submit] = field(default_factory=dict)
     sequences: dict[str, Sequence] = field(default_factory=dict)  # of the accepted ones
     outputs: dict[str, tuple[int, ...]] = field(default_factory=dict)
     ends: dict[str, SequenceDelta] = field(default_factory=dict)
     steps: list[ScheduledStep] = field(default_factory=list)
-    in_flight: ScheduledStep | None = None
+    in_flight: deque[tuple[ScheduledStep, Done]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(self.max_num_seqs, self.max_step_tokens, self.max_context_tokens)
         self.pool = BlockPool(self.num_blocks, self.block_tokens)
         foresight = OutputGrowth if self.foresees else Blind
         self.scheduler = Scheduler(self.pool, limits, foresight(self.pool, self.max_context_tokens))
-        self.executor = FakeExecutor(self.num_blocks, self.block_tokens, VOCAB_SIZE, self.is_poisoned)
+        self.executor = FakeExecutor(
+            self.num_blocks, self.block_tokens, VOCAB_SIZE, self.is_poisoned, self.runs_ahead
+        )
 
     def submit(self, submit: Submit) -> SubmitReply:
         sequence = Sequence.from_submit(submit, self.block_tokens)
@@ -108,45 +113,47 @@ class Harness:
         return was_live
 
     def begin(self) -> ScheduledStep | None:
-        """Schedule a step and leave it in flight."""
+        """Schedule and launch a step and leave it in flight."""
         before = {name: (s.state, s.num_preemptions, s.tokens_when_preempted) for name, s in self._live()}
-        decoding = {s for _, s in self._live() if s.state is SequenceState.RUNNING and s.is_decoding}
-        self.in_flight = self.scheduler.schedule(self.now_s)
+        running = [s for _, s in self._live() if s.state is SequenceState.RUNNING]
+        decoding = {s for s in running if s.is_decoding and not s.is_ending}
+        is_ahead = bool(self.in_flight)
+        step = self.scheduler.schedule(self.now_s)
         self.scheduler.check_integrity()
         self._check_order({name for name, (state, *_) in before.items() if state is SequenceState.WAITING})
         for name, (_, num_preemptions, tokens_then) in before.items():
             sequence = self.sequences[name]
             if sequence.num_preemptions > num_preemptions > 0:
                 assert sequence.tokens_when_preempted > tokens_then, "preempted again without progress"
-        if self.in_flight is None:
+        if step is None:
             self._take(self.scheduler.take_ends())
-        else:
-            self.steps.append(self.in_flight)
-            if len(decoding) <= self.max_step_tokens:
-                left_out = decoding - {chunk.sequence for chunk in self.in_flight.chunks}
-                assert all(s.state is SequenceState.WAITING for s in left_out), "a decode is left out"
-            assert sum(chunk.num_tokens for chunk in self.in_flight.chunks) <= self.max_step_tokens
-            assert all(chunk.num_tokens > 0 for chunk in self.in_flight.chunks)
-        return self.in_flight
+            return None
+        self.steps.append(step)
+        if len(decoding) <= self.max_step_tokens:
+            left_out = decoding - {chunk.sequence for chunk in step.chunks}
+            assert all(s.state is SequenceState.WAITING for s in left_out), "a decode is left out"
+        assert sum(chunk.num_tokens for chunk in step.chunks) <= self.max_step_tokens
+        assert all(chunk.num_tokens > 0 for chunk in step.chunks)
+        assert not (is_ahead and step.num_preemptions), "preempted without knowing who ends"
+        self.in_flight.append((step, self.executor.launch(*build_plan(step, self.block_tokens))))
+        return step
 
     def end(self) -> None:
-        assert self.in_flight is not None
-        tokens = self.executor.execute(*build_plan(self.in_flight, self.block_tokens))
+        step, launched = self.in_flight.popleft()
         self.now_s += 1.0
-        self._take(self.scheduler.complete(self.in_flight, tokens, self.now_s))
-        self.in_flight = None
+        self._take(self.scheduler.complete(step, launched.tokens(), self.now_s))
         self.scheduler.check_integrity()
 
     def step(self) -> bool:
-        if self.begin() is None:
+        if not self.in_flight and self.begin() is None:
             return False
+        if self.runs_ahead and len(self.in_flight) < MAX_IN_FLIGHT:
+            self.begin()
         self.end()
         return True
 
     def run(self, max_steps: int = 5000) -> None:
         """Step until nothing is left to do."""
-        if self.in_flight is not None:
-            self.end()
         for _ in range(max_steps):
             if not self.step():
                 break

@@ -65,7 +65,7 @@ def generate(
     texts = [list(prompt) for prompt in prompts]
     while live := [i for i, prompt in enumerate(prompts) if len(texts[i]) < len(prompt) + new_tokens]:
         spans = [Span(texts[i][done[i] : done[i] + chunk_tokens], done[i], tables[i]) for i in live]
-        tokens = executor.execute(step_plan(spans, block_tokens), greedy(len(spans)))
+        tokens = executor.launch(step_plan(spans, block_tokens), greedy(len(spans))).tokens()
         for i, span, token in zip(live, spans, tokens.tolist(), strict=True):
             done[i] += len(span.tokens)
             if done[i] == len(texts[i]):  # else this was not the prompt's last chunk

@@ -180,10 +180,10 @@ def test_a_dying_executor_costs_every_live_request_an_answer_and_nobody_silence(
     """The error is raised, after each request, running or waiting, was told once that it is lost."""
 
     class Dying(FakeExecutor):
-        def execute(self, plan, sampling):
+        def launch(self, plan, sampling):
             if self.num_steps == 3:
                 raise RuntimeError("device lost")
-            return super().execute(plan, sampling)
+            return super().launch(plan, sampling)
 
     engine = make_engine(executor=Dying(64, 4, VOCAB_SIZE), max_num_seqs=2)
     engine.submit([request(name, (1, 2, 3), max_tokens=50) for name in "abcd"])

@@ -17,8 +17,8 @@ class FailingAt(FakeExecutor):
         super().__init__(num_blocks, 4, VOCAB_SIZE)
         self.fails_at = fails_at
 
-    def execute(self, plan, sampling):
-        drawn = super().execute(plan, sampling)
+    def launch(self, plan, sampling):
+        drawn = super().launch(plan, sampling)
         if self.num_steps == self.fails_at:
             raise RuntimeError("device lost")
         return drawn

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cluster.load import StepCoefficients
 from serving.engine.assembly import build_engine
 from serving.engine.engine import EngineIdentity
+from serving.engine.executor import Done
 from serving.engine.governor import MIN_PREFILL_TOKENS, Governor, RunningLoad, StepBudget
 from serving.engine.scheduler import SchedulerLimits
 from tests.serving.engine.harness import Harness, request
@@ -32,8 +33,9 @@ class SimulatedMachine:
     step_ms: list[float] = field(default_factory=list)
 
     bytes_per_weight = 2.0
+    runs_ahead = False
 
-    def execute(self, plan, sampling):
+    def launch(self, plan, sampling):
         counts, tokens = np.diff(plan.query_start), len(plan.token_ids)
         starts = plan.context_lens - counts
         pairs = float((counts * (starts + counts / 2)).sum())
@@ -44,7 +46,7 @@ class SimulatedMachine:
             ms += 40.0
         self.step_ms.append(ms)
         self.now_s += ms / 1e3
-        return np.zeros(len(plan.logits_rows), dtype=np.int32)
+        return Done(np.zeros(len(plan.logits_rows), dtype=np.int32))
 
     def close(self):
         pass

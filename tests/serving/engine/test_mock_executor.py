@@ -109,8 +109,8 @@ def test_a_step_takes_the_configured_milliseconds():
     expected = []
     observe = engine.engine._observe
 
-    def watched(step, *times):
-        shape = StepShape.of(step)
+    def watched(flight, finished_s):
+        shape = StepShape.of(flight.step)
         expected.append(
             5
             + 0.5 * shape.tokens
@@ -118,7 +118,7 @@ def test_a_step_takes_the_configured_milliseconds():
             + 0.3 * shape.num_logits
             + 0.001 * shape.attention_pairs
         )
-        return observe(step, *times)
+        return observe(flight, finished_s)
 
     engine.engine._observe = watched
     engine.run([request(str(n), prompt(n, 7 * n + 1), max_tokens=5 * n, seed=n) for n in range(1, 9)])

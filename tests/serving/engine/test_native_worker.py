@@ -62,7 +62,7 @@ def test_two_ranks_are_one_model(tiny, dtype):
     expected = logits(whole, PROMPT)
     with tensor_parallel(options, 2) as (worker, _):
         assert isinstance(worker._runner, NativeRunner)
-        tokens = worker.execute(plan, greedy(1))
+        tokens = worker.launch(plan, greedy(1)).tokens()
         worker._send(1, plan.pack())  # the other rank takes part in what is asked of the runner here
         found = worker._runner.logits(plan)
     assert found.argmax() == tokens[0]
@@ -80,12 +80,13 @@ def test_an_engine_without_the_library_is_given_it_while_it_serves(tiny, monkeyp
     first = step_plan([Span(PROMPT, 0, list(range(5)))], 16)
     assert worker._upgrade is not None
     worker._upgrade._thread.join(60)
-    token = worker.execute(first, greedy(1))
+    token = worker.launch(first, greedy(1)).tokens()
     assert isinstance(worker._runner, NativeRunner) and worker._upgrade is None
     assert token.tolist() == expected[0]
     again = step_plan([Span(token.tolist(), len(PROMPT), list(range(5)))], 16)
     whole = step_plan([Span(PROMPT + token.tolist(), 0, list(range(5, 10)))], 16)
-    assert worker.execute(again, greedy(1)).tolist() == worker.execute(whole, greedy(1)).tolist()
+    tokens, expected = (worker.launch(plan, greedy(1)).tokens().tolist() for plan in (again, whole))
+    assert tokens == expected
 
 
 def test_keys_and_values_of_the_torch_path_are_read_by_the_library(tiny, monkeypatch):
@@ -94,7 +95,7 @@ def test_keys_and_values_of_the_torch_path_are_read_by_the_library(tiny, monkeyp
         patch.setattr(library, "cached", lambda: None)
         worker = Worker(tiny)
     upgrade, worker._upgrade = worker._upgrade, None
-    worker.execute(step_plan([Span(PROMPT, 0, list(range(5)))], 16), greedy(1))
+    worker.launch(step_plan([Span(PROMPT, 0, list(range(5)))], 16), greedy(1)).tokens()
     upgrade._thread.join(60)
     native = upgrade.take()
     following = step_plan([Span([7], len(PROMPT), list(range(5)))], 16)
@@ -112,7 +113,7 @@ def test_a_build_that_fails_leaves_torch_in_place(tiny, monkeypatch, caplog):
     monkeypatch.setattr(library, "build", fail)
     worker = Worker(tiny)
     worker._upgrade._thread.join(60)
-    tokens = worker.execute(step_plan([Span(PROMPT, 0, list(range(5)))], 16), greedy(1))
+    tokens = worker.launch(step_plan([Span(PROMPT, 0, list(range(5)))], 16), greedy(1)).tokens()
     assert isinstance(worker._runner, ModelRunner) and 0 <= tokens[0] < VOCAB_SIZE
     assert "on holiday" in caplog.text
 
@@ -122,4 +123,4 @@ def test_steps_without_logits_run_too(tiny):
     worker = Worker(tiny)
     plan = step_plan([Span(PROMPT, 0, list(range(5)))], 16)
     plan = replace(plan, logits_rows=np.empty(0, dtype=np.int32))
-    assert len(worker.execute(plan, greedy(0))) == 0
+    assert len(worker.launch(plan, greedy(0)).tokens()) == 0

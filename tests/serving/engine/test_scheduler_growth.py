@@ -19,7 +19,7 @@ def sequence_with(outputs, prompt_tokens=4, max_tokens=4000):
         request("s", tuple(range(prompt_tokens)), max_tokens=max_tokens), BLOCK_TOKENS
     )
     for _ in range(outputs):
-        sequence.append(1)
+        sequence.token_ids.append(1)
     return sequence
 
 

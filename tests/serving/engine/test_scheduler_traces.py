@@ -41,6 +41,7 @@ def harnesses(draw):
         max_step_tokens=draw(st.integers(1, 24)),
         max_context_tokens=draw(st.sampled_from([24, 1000])),
         foresees=draw(st.booleans()),
+        runs_ahead=draw(st.booleans()),
     )
 
 
@@ -71,12 +72,12 @@ def run_any_trace(harness, submits, data):
             submit_lawfully(harness, left.pop())
         elif event == "abort" and harness.submits:
             harness.abort(data.draw(st.sampled_from(sorted(harness.submits))))
-        elif harness.in_flight is not None:
+        elif event == "begin" and len(harness.in_flight) < (2 if harness.runs_ahead else 1):
+            harness.begin()
+        elif harness.in_flight:
             harness.end()
         elif event == "step":
             harness.step()
-        elif event == "begin":
-            harness.begin()
     for submit in left:
         submit_lawfully(harness, submit)
     harness.run()

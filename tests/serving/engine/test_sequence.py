@@ -16,7 +16,8 @@ def test_hashes_of_a_growing_sequence_are_those_of_its_whole(prompt, outputs, bl
     """Outputs join the chain that Ingress would compute if they came back as a prompt."""
     sequence = Sequence.from_submit(request("a", tuple(prompt)), block_tokens)
     for token_id in outputs:
-        sequence.append(token_id)
+        sequence.expect(-1)
+        sequence.learn(token_id)
     whole = hash_blocks(ROOT, prompt + outputs, block_tokens)
     assert tuple(sequence.block_hashes) == whole
     left_to_compute = len(prompt + outputs) - len(sequence.matchable_hashes()) * block_tokens

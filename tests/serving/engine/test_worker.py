@@ -89,18 +89,18 @@ def test_a_row_that_is_not_finite_gets_minus_one(tiny):
     """A sequence with broken weights or cache is told so, and its neighbours are not touched."""
     worker = Worker(tiny)
     prompts = random_prompts([5, 9])
-    clean = worker.execute(step_plan([Span(prompts[1], 0, [4, 5])], BLOCK_TOKENS), greedy(1))
-    worker.execute(step_plan([Span(prompts[0], 0, [7])], BLOCK_TOKENS), greedy(1))
+    clean = worker.launch(step_plan([Span(prompts[1], 0, [4, 5])], BLOCK_TOKENS), greedy(1)).tokens()
+    worker.launch(step_plan([Span(prompts[0], 0, [7])], BLOCK_TOKENS), greedy(1)).tokens()
     worker._runner._layer_caches[0][0, 7, :, 2] = float("nan")
     spans = [Span([1], 5, [7]), Span(prompts[1], 0, [4, 5])]
-    assert worker.execute(step_plan(spans, BLOCK_TOKENS), greedy(2)).tolist() == [-1, clean[0]]
+    assert worker.launch(step_plan(spans, BLOCK_TOKENS), greedy(2)).tokens().tolist() == [-1, clean[0]]
 
 
 def test_a_step_that_wants_no_logits(tiny):
     """A chunk in the middle of a prompt draws nothing."""
     plan = step_plan([Span([1, 2, 3], 0, [0])], BLOCK_TOKENS)
     plan = replace(plan, logits_rows=plan.logits_rows[:0])
-    assert Worker(tiny).execute(plan, greedy(0)).shape == (0,)
+    assert Worker(tiny).launch(plan, greedy(0)).tokens().shape == (0,)
 
 
 def test_the_pool_is_what_was_asked_or_what_fits(tiny):
@@ -149,7 +149,7 @@ def test_threads_hold_in_the_thread_that_steps(tiny):
     openmp = ctypes.CDLL(openmp_path)  # torch's own count would set OpenMP's by being asked
 
     def step() -> None:
-        worker.execute(step_plan([Span([1, 2], 0, [0])], BLOCK_TOKENS), greedy(1))
+        worker.launch(step_plan([Span([1, 2], 0, [0])], BLOCK_TOKENS), greedy(1)).tokens()
         seen.append(openmp.omp_get_max_threads())
 
     thread = threading.Thread(target=step)
