@@ -1,12 +1,12 @@
 """One rank's model on a GPU: a step's plan in, its tokens out later; decodes from CUDA graphs.
 
-    launch(N)     pack ─► pinned ══copy══► inputs ─► forward, draw ─► token table ══copy══► pinned
-    launch(N+1)         pack ─► pinned ══copy══► inputs ─► ...            ▲ reads what N drew
+    launch(N)     pack ─► pinned ══copy══► inputs ─► forward, draw ─► drawn ══copy══► pinned
+    launch(N+1)         pack ─► pinned ══copy══► inputs ─► ...          ▲ reads what N drew
     N.tokens()    waits for N alone
 
 `launch` waits for no step but the one before the last: one copy brings a step to the device, one brings
-its tokens back. What a sequence draws also stays on the device, in a row of the token table, so the step
-after it need not know it: there a token id of -1 - r stands for the token in row r.
+its tokens back. What a step draws also stays on the device, so the step right after it need not know it:
+there a token id of -1 - i stands for the i-th one. Other ranks get it from rank 0, which alone draws.
 
 Steps of one new token a sequence are padded to a bucket (`graph_buckets`). The first step of a bucket
 runs eagerly on the graph's own buffers, which compiles its kernels and costs what any eager step does;
@@ -67,7 +67,8 @@ class Pending:
 class CudaRunner:
     """Runs plans whose slots and block tables lie within `limits.num_blocks` of `kv_cache`.
 
-    The cache has one block more, the dummy. One thread at a time may call it.
+    The cache has one block more, the dummy. `share` gives rank 0's tensor to all ranks, where there are
+    others. One thread at a time may call it.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class CudaRunner:
         kv_cache: torch.Tensor,
         limits: StepLimits,
         device: Device,
+        share: Callable[[torch.Tensor], None] | None = None,
         view_attention: ViewAttention = GpuAttentionBatch.view,
     ) -> None:
         assert kv_cache.shape[2] == limits.num_blocks + 1, "the last block is the dummy"
@@ -84,8 +86,9 @@ class CudaRunner:
         self._limits = limits
         self._device = device
         self._view_attention = view_attention
-        self._token_table = device.ints(limits.max_num_seqs + 1)
+        self._share = share
         self._drawn = device.ints(limits.max_num_seqs)
+        self._drawn_rows = np.empty(0, dtype=np.int32)  # where in it the i-th token of the last step lies
         self._graphs: dict[Bucket, _BucketGraph] = {}
         self._flights = [_Flight(device, limits.max_num_seqs) for _ in range(_FLIGHTS)]
         self._num_launched = 0
@@ -96,26 +99,22 @@ class CudaRunner:
         return float(self._model.dtype.itemsize)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, sampling: SamplingBatch, table_rows: Ints | None = None) -> Pending:
-        """Start `plan`; rank 0 only. What is drawn goes to `table_rows` [S], below `max_num_seqs`, each
-        given once; by default nobody asks for it there.
-
-        Raises ValueError where more rows draw than `max_num_seqs`.
-        """
+    def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Pending:
+        """Start `plan`; rank 0 only. Raises ValueError where more rows draw than `max_num_seqs`."""
         wanted = len(plan.logits_rows)
         if wanted > self._limits.max_num_seqs:
             raise ValueError(f"{wanted} rows draw tokens, max_num_seqs is {self._limits.max_num_seqs}")
-        if table_rows is None:
-            table_rows = np.full(wanted, self._limits.dummy_row, dtype=np.int32)
-        return self._launch(device_step(plan, sampling, table_rows, self._limits))
+        return self._launch(device_step(plan, sampling, self._drawn_rows, self._limits), plan.logits_rows)
 
     @torch.inference_mode()
     def follow(self, plan: StepPlan) -> None:
         """Start this rank's part of `plan` where it is not rank 0, which alone draws."""
-        nobody = np.empty(0, dtype=np.int32)
-        self._launch(device_step(replace(plan, logits_rows=nobody), _NO_SAMPLING, nobody, self._limits))
+        undrawn = replace(plan, logits_rows=np.empty(0, dtype=np.int32))
+        step = device_step(undrawn, _NO_SAMPLING, self._drawn_rows, self._limits)
+        self._launch(step, plan.logits_rows)
 
-    def _launch(self, step: DeviceStep) -> Pending:
+    def _launch(self, step: DeviceStep, logits_rows: Ints) -> Pending:
+        """`logits_rows` are those that rank 0 draws for."""
         flight = self._flights[self._num_launched % _FLIGHTS]
         self._num_launched += 1
         flight.land()
@@ -125,15 +124,15 @@ class CudaRunner:
             inputs = self._device.ints(layout.ints)
             flight.send(layout, attention, step, inputs)
             self._device.run(self._work(inputs, layout, step.draw))
-            rows = np.arange(layout.rows, dtype=np.int32)
+            self._drawn_rows = np.arange(len(logits_rows), dtype=np.int32)
         else:
             graph = self._graphs.get(bucket) or self._make_graph(bucket)
             padded = pad(step, bucket, self._limits)
             attention, layout = pack(padded, graph.layout)
             flight.send(layout, attention, padded, graph.inputs)
             graph.launch()
-            rows = step.plan.logits_rows
-        return flight.fetch(self._drawn, rows)
+            self._drawn_rows = logits_rows
+        return flight.fetch(self._drawn, self._drawn_rows[: len(step.plan.logits_rows)])
 
     def _make_graph(self, bucket: Bucket) -> _BucketGraph:
         layout = graph_layout(bucket, self._limits)
@@ -149,14 +148,15 @@ class CudaRunner:
             tokens = self._forward(inputs)
             if tokens is not None:
                 self._drawn[: layout.rows].copy_(tokens)
-                self._token_table.index_copy_(0, inputs.table_rows.long(), tokens)
+            if self._share is not None:
+                self._share(self._drawn)
 
         return work
 
     def _forward(self, inputs: _Inputs) -> torch.Tensor | None:
         ids = inputs.token_ids
         # A row whose logits were not finite has drawn -1: it runs on as token 0, and nobody will listen.
-        known = self._token_table.index_select(0, ids.bitwise_not().clamp_(min=0)).clamp_(min=0)
+        known = self._drawn.index_select(0, ids.bitwise_not().clamp_(min=0)).clamp_(min=0)
         hidden = self._model.forward(
             torch.where(ids < 0, known, ids), inputs.positions, self._layer_caches, inputs.attention
         )
@@ -186,7 +186,6 @@ class _Inputs:
     token_ids: torch.Tensor
     positions: torch.Tensor
     logits_rows: torch.Tensor
-    table_rows: torch.Tensor
     controls: SamplingControls
 
     @classmethod
@@ -194,9 +193,7 @@ class _Inputs:
         cls, array: torch.Tensor, layout: StepLayout, draw: Draw, view_attention: ViewAttention
     ) -> _Inputs:
         attention, *parts = (array[place] for place in layout.places())
-        token_ids, positions, logits_rows, table_rows, temperature, top_k, top_p, min_p, position, seed = (
-            parts
-        )
+        token_ids, positions, logits_rows, temperature, top_k, top_p, min_p, position, seed = parts
         controls = SamplingControls(
             temperature=temperature.view(torch.float32),
             top_k=top_k,
@@ -207,7 +204,7 @@ class _Inputs:
             is_greedy=draw == "greedy",
         )
         batch = view_attention(attention, layout.attention)
-        return cls(batch, token_ids, positions, logits_rows, table_rows, controls)
+        return cls(batch, token_ids, positions, logits_rows, controls)
 
 
 @dataclass(eq=False)

@@ -11,8 +11,8 @@ so every row of a graph has real work, and none of it touches a live sequence:
     block 0   [ 4 ][ 0 ][ 2 ][ N ]        N blocks in the pool, so block N is nobody's
 
 A step travels as one int32 array (`StepLayout`): the attention kernels' part, tokens, then what the sampler
-wants to know. A token id below zero stands for a token that the host does not know yet: -1 - r for the
-one in row r of the device's token table.
+wants to know. A token id below zero stands for a token that the host does not know yet: -1 - r for what the
+step before has left in row r of its drawn tokens.
 """
 
 from __future__ import annotations
@@ -56,11 +56,6 @@ class StepLimits:
         return self.num_blocks
 
     @property
-    def dummy_row(self) -> int:
-        """Of the token table: where tokens go that nobody wants."""
-        return self.max_num_seqs
-
-    @property
     def max_table_blocks(self) -> int:
         return min(-(-self.max_context_tokens // self.block_tokens), self.num_blocks)
 
@@ -84,11 +79,10 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep:
-    """A step as it is copied to the device. `table_rows` [S] take the drawn tokens."""
+    """A step as it is copied to the device."""
 
     plan: StepPlan
     sampling: SamplingBatch
-    table_rows: Ints
 
     @property
     def draw(self) -> Draw:
@@ -110,10 +104,10 @@ class StepLayout:
         return self.places()[-1].stop
 
     def places(self) -> list[slice]:
-        """Of the attention's array, token ids, positions and logits rows; then of the table rows and of
-        temperature, top-k, top-p, min-p, position and seed (two ints each) of the rows that draw."""
+        """Of the attention's array, token ids, positions and logits rows; then of temperature, top-k, top-p,
+        min-p, position and seed (two ints each) of the rows that draw."""
         tokens, rows = self.attention.tokens, self.rows
-        sizes = (self.attention.ints, tokens, tokens, *[rows] * 7, 2 * rows)
+        sizes = (self.attention.ints, tokens, tokens, *[rows] * 6, 2 * rows)
         aligned = (-(-size // _ALIGNED_INTS) * _ALIGNED_INTS for size in sizes)
         starts = itertools.accumulate(aligned, initial=0)
         return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
@@ -126,7 +120,6 @@ class StepLayout:
             plan.token_ids,
             plan.positions,
             plan.logits_rows,
-            step.table_rows,
             sampling.temperature,
             sampling.top_k,
             sampling.top_p,
@@ -138,10 +131,17 @@ class StepLayout:
             array[place] = part.view(np.int32)
 
 
-def device_step(plan: StepPlan, sampling: SamplingBatch, table_rows: Ints, limits: StepLimits) -> DeviceStep:
-    """`plan` with block tables as wide as its contexts are; sequences may hold more blocks."""
+def device_step(plan: StepPlan, sampling: SamplingBatch, drawn_rows: Ints, limits: StepLimits) -> DeviceStep:
+    """`plan` with block tables as wide as its contexts are (sequences may hold more blocks), and with the
+    places of tokens that are not known yet: the i-th one lies in `drawn_rows[i]` of what was drawn.
+    """
     used = -(-int(plan.context_lens.max()) // limits.block_tokens)
-    return DeviceStep(replace(plan, block_tables=plan.block_tables[:, :used]), sampling, table_rows)
+    token_ids, unknown = plan.token_ids, plan.token_ids < 0
+    if unknown.any():
+        token_ids = token_ids.copy()
+        token_ids[unknown] = -1 - drawn_rows[-1 - token_ids[unknown]]
+    plan = replace(plan, token_ids=token_ids, block_tables=plan.block_tables[:, :used])
+    return DeviceStep(plan, sampling)
 
 
 def pack(step: DeviceStep, layout: StepLayout | None = None) -> tuple[Ints, StepLayout]:
@@ -218,7 +218,7 @@ def pad(step: DeviceStep, bucket: Bucket, limits: StepLimits) -> DeviceStep:
         seed=_spread(sampling.seed, rows, drawing, 0),
         position=_spread(sampling.position, rows, drawing, 0),
     )
-    return DeviceStep(padded, spread, _spread(step.table_rows, rows, drawing, limits.dummy_row))
+    return DeviceStep(padded, spread)
 
 
 def graphs_bytes(spec: ModelSpec, max_num_seqs: int, block_bytes: int) -> int:

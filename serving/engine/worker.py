@@ -94,7 +94,8 @@ class Worker:
             model.attach(kv_cache, options.num_threads)
             self._runner = NativeRunner(model)
         elif self._device.type == "cuda":
-            self._runner = CudaRunner(model, kv_cache, self._limits(options), CudaDevice(self._device))
+            share = self._share_drawn if options.world_size > 1 else None
+            self._runner = CudaRunner(model, kv_cache, self._limits(options), CudaDevice(self._device), share)
         else:
             self._runner = ModelRunner(model, kv_cache)
             if precision is not None:
@@ -189,6 +190,9 @@ class Worker:
     def _all_reduce(self, partial: torch.Tensor) -> None:
         if self._tensor_group is not None:
             dist.all_reduce(partial, group=self._tensor_group)
+
+    def _share_drawn(self, tokens: torch.Tensor) -> None:
+        dist.broadcast(tokens, src=0, group=self._tensor_group)
 
     def _size_pool(self, options: ExecutorOptions) -> KvSizing:
         """Every rank's pool; the same answer, or ConfigError, on each."""

@@ -90,12 +90,14 @@ class _Mark:
         self.device.finish(self.at)
 
 
-@dataclass
-class LiveAttention:
-    """The torch path's batch, made from a GPU's buffers whenever it is read, as the kernels read them."""
+class LiveAttention(TorchAttentionBatch):
+    """The torch path's batch, planned from a GPU's buffers whenever it is read, as the kernels read them."""
 
-    cache: torch.Tensor  # of any layer
-    batch: GpuAttentionBatch
+    __slots__ = ("_batch", "_cache")
+
+    def __init__(self, cache: torch.Tensor, batch: GpuAttentionBatch) -> None:
+        object.__setattr__(self, "_cache", cache)  # past the base's frozen fields, which are never set
+        object.__setattr__(self, "_batch", batch)
 
     @property
     def slots(self) -> torch.Tensor:
@@ -110,11 +112,14 @@ class LiveAttention:
         return self._now().prefills
 
     def _now(self) -> TorchAttentionBatch:
-        parts = (self.batch.slots, self.batch.query_start, self.batch.context_lens, self.batch.block_tables)
+        batch = self._batch
+        parts = (batch.slots, batch.query_start, batch.context_lens, batch.block_tables)
         arrays = (part.numpy().copy() for part in parts)
-        return plan_attention(*arrays, cache=self.cache, dtype=self.cache.dtype)
+        planned = plan_attention(*arrays, cache=self._cache, dtype=self._cache.dtype)
+        assert isinstance(planned, TorchAttentionBatch)
+        return planned
 
 
 def live_attention(cache: torch.Tensor) -> Callable[[torch.Tensor, BatchCapacity], LiveAttention]:
-    """For `CudaRunner.view_attention`; `cache` is one layer's."""
+    """For `CudaRunner.view_attention`, where the torch path attends; `cache` is one layer's."""
     return lambda array, capacity: LiveAttention(cache, GpuAttentionBatch.view(array, capacity))

@@ -1,7 +1,8 @@
 """Decoding from graphs: on a device that does a GPU's work on CPU tensors, and on a GPU if there is one."""
 
 import os
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ if not torch.cuda.is_available():
 from kernels.dispatch import forced
 from kernels.sampling import SamplingControls, sample
 from serving.engine.cuda_runner import CudaRunner, Pending
-from serving.engine.executor import ExecutorOptions
+from serving.engine.executor import Done, ExecutorOptions
 from serving.engine.graph_buckets import StepLimits
 from serving.engine.model_runner import ModelRunner, allocate_kv_cache
 from serving.engine.plan import SamplingBatch
@@ -25,7 +26,9 @@ from serving.models.layers import Shard
 from serving.models.llama import Llama
 from serving.models.weights import open_weights
 from tests.serving.engine.cuda_fakes import LazyDevice, live_attention
+from tests.serving.engine.harness import request
 from tests.serving.engine.step_plans import Span, generate, greedy, step_plan
+from tests.serving.engine.test_engine import collect, make_engine
 from tests.serving.models.tiny_llama import VOCAB_SIZE, save_tiny_llama
 
 CPU = torch.device("cpu")
@@ -62,14 +65,19 @@ class Rig:
     model: Llama
     device: LazyDevice = field(default_factory=LazyDevice)
     num_blocks: int = NUM_BLOCKS
+    bytes_per_weight: float = 4.0
+    runs_ahead: bool = True
+    share: Callable[[torch.Tensor], None] | None = None
 
     def __post_init__(self) -> None:
         self.cache = allocate_kv_cache(self.model, NUM_BLOCKS + 1, BLOCK_TOKENS, self.model.dtype, CPU)
         self.cache.fill_(float("nan"))
-        self.runner = CudaRunner(self.model, self.cache, LIMITS, self.device, live_attention(self.cache[0]))
+        self.runner = CudaRunner(
+            self.model, self.cache, LIMITS, self.device, self.share, live_attention(self.cache[0])
+        )
 
-    def execute(self, plan, sampling):
-        return self.runner.launch(plan, sampling).tokens()
+    def launch(self, plan, sampling):
+        return self.runner.launch(plan, sampling)
 
     def check_untouched(self, blocks: set[int]) -> None:
         """Nobody wrote to these."""
@@ -80,16 +88,18 @@ class Plain:
     """The reference: the model runner, each step on its own."""
 
     num_blocks = NUM_BLOCKS
+    bytes_per_weight = 4.0
+    runs_ahead = False
 
     def __init__(self, model: Llama) -> None:
         cache = allocate_kv_cache(model, NUM_BLOCKS, BLOCK_TOKENS, model.dtype, CPU)
         self.runner = ModelRunner(model, cache)
 
-    def execute(self, plan, sampling):
+    def launch(self, plan, sampling):
         logits = self.runner.logits(plan)
         parts = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
         columns = (*parts, sampling.seed.view(np.int64), sampling.position)
-        return sample(logits, SamplingControls(*map(torch.from_numpy, columns))).numpy()
+        return Done(sample(logits, SamplingControls(*map(torch.tensor, columns))).numpy())
 
 
 @dataclass
@@ -97,12 +107,12 @@ class Line:
     """A sequence in a pipeline that is one step deep: its newest token may be on the device alone."""
 
     prompt: list[int]
-    row: int
     blocks: list[int]
     new_tokens: int
     seed: int = 0
     temperature: float = 0.0
     num_launched: int = 0  # of the tokens after the prompt
+    place: int = 0  # among those that the last step drew
     tokens: list[int] = field(default_factory=list)
 
     def span(self) -> Span:
@@ -110,7 +120,7 @@ class Line:
             return Span(self.prompt, 0, self.blocks)
         start = len(self.prompt) + self.num_launched - 1
         is_known = self.num_launched <= len(self.tokens)
-        return Span([self.tokens[self.num_launched - 1] if is_known else -1 - self.row], start, self.blocks)
+        return Span([self.tokens[self.num_launched - 1] if is_known else -1 - self.place], start, self.blocks)
 
 
 def sampling_of(lines: list[Line]) -> SamplingBatch:
@@ -136,10 +146,10 @@ def run_pipelined(runner: CudaRunner, arrivals: dict[int, list[Line]], *, patien
         launched = None
         if live:
             plan = step_plan([line.span() for line in live], BLOCK_TOKENS)
-            rows = np.array([line.row for line in live], dtype=np.int32)
-            launched = runner.launch(plan, sampling_of(live), rows), list(live)
-        for line in live:
+            launched = runner.launch(plan, sampling_of(live)), list(live)
+        for place, line in enumerate(live):
             line.num_launched += 1
+            line.place = place
         if patient:
             before, launched = launched, None
         if before is not None:
@@ -151,19 +161,17 @@ def run_pipelined(runner: CudaRunner, arrivals: dict[int, list[Line]], *, patien
 
 
 def lines_of(prompts: list[list[int]], new_tokens: list[int], temperature: float = 0.0) -> list[Line]:
-    """Sequences with scattered blocks of their own, each in its own row of the token table."""
+    """Sequences with scattered blocks of their own."""
     free = iter(np.random.default_rng(0).permutation(NUM_BLOCKS).tolist())
-    rows = np.random.default_rng(1).permutation(LIMITS.max_num_seqs).tolist()
     return [
         Line(
             prompt,
-            row,
             [next(free) for _ in range(-(-(len(prompt) + more) // BLOCK_TOKENS))],
             more,
-            seed=2**63 + row,
+            seed=2**63 + number,
             temperature=temperature,
         )
-        for prompt, row, more in zip(prompts, rows, new_tokens, strict=False)
+        for number, (prompt, more) in enumerate(zip(prompts, new_tokens, strict=True))
     ]
 
 
@@ -172,7 +180,7 @@ def alone(model: Llama, line: Line) -> list[int]:
     plain, twin = Plain(model), replace(line, tokens=[], num_launched=0)
     while len(twin.tokens) < line.new_tokens:
         plan, sampling = step_plan([twin.span()], BLOCK_TOKENS), sampling_of([twin])
-        twin.tokens += plain.execute(plan, sampling).tolist()
+        twin.tokens += plain.launch(plan, sampling).tokens().tolist()
         twin.num_launched += 1
     return twin.tokens
 
@@ -203,7 +211,7 @@ def test_a_graph_is_captured_when_it_is_needed_again(llama):
         spans = [Span([3], len(line.prompt), line.blocks) for line in lines[:count]]
         sampling = replace(greedy(count), temperature=np.full(count, temperature, dtype=np.float32))
         with rig.device.counting() as seen:
-            rig.execute(step_plan(spans, BLOCK_TOKENS), sampling)
+            rig.launch(step_plan(spans, BLOCK_TOKENS), sampling).tokens()
         return {name: n for name, n in seen.items() if name in ("eager", "capture", "replay")}
 
     first, second, later = {"eager": 1}, {"capture": 1, "replay": 1}, {"replay": 1}
@@ -227,7 +235,7 @@ def test_a_step_that_draws_nothing_brings_nothing_back(llama):
     rig = Rig(llama)
     plan = step_plan([Span([1, 2, 3], 0, [0])], BLOCK_TOKENS)
     nothing = replace(plan, logits_rows=plan.logits_rows[:0])
-    assert rig.execute(nothing, greedy(0)).shape == (0,)
+    assert rig.launch(nothing, greedy(0)).tokens().shape == (0,)
     for at in range(3, 6):
         rig.runner.follow(step_plan([Span([1], at, [0])], BLOCK_TOKENS))
     rig.device.finish()
@@ -241,19 +249,38 @@ def test_a_follower_writes_the_leaders_keys(llama):
     leader, follower = Rig(llama), Rig(llama)
     for start in range(8):
         plan = step_plan([Span([start], start, [3]), Span([9], start, [5])], BLOCK_TOKENS)
-        leader.execute(plan, greedy(2))
+        leader.launch(plan, greedy(2)).tokens()
         follower.runner.follow(plan)
     follower.device.finish()
     assert torch.equal(leader.cache[:, :, [3, 5], :, :8], follower.cache[:, :, [3, 5], :, :8])
 
 
+def test_a_follower_reads_what_the_leader_has_drawn(llama):
+    """It draws nothing itself: tokens that the plan does not tell come from rank 0, step by step."""
+    sent = deque()
+    leader = Rig(llama, share=lambda drawn: sent.append(drawn.clone()))
+    follower = Rig(llama, share=lambda drawn: drawn.copy_(sent.popleft()))
+    (line,) = lines_of(PROMPTS[2:3], [9])
+    for _ in range(9):
+        plan = step_plan([line.span()], BLOCK_TOKENS)
+        leader.launch(plan, greedy(1))
+        follower.runner.follow(plan)
+        line.num_launched += 1
+        leader.device.finish()
+        follower.device.finish()
+    assert not sent and not line.tokens, "the host has told no token"
+    theirs, own = (rig.cache[:, :, line.blocks].transpose(3, 4).flatten(2, 3) for rig in (leader, follower))
+    written = len(PROMPTS[2]) + 8
+    assert own[:, :, :written].isfinite().all() and own[:, :, written:].isnan().all()
+    assert torch.equal(theirs[:, :, :written], own[:, :, :written])
+    assert follower.device.seen["to host"] == 0
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_step_may_be_launched_before_the_tokens_of_the_one_before(llama, temperature):
-    """Tokens that stay on the device lead to the same text, while sequences join and end in between, and
-    one takes the row of another that has ended."""
+    """Tokens that stay on the device lead to the same text, while sequences join and end in between."""
     rig = Rig(llama)
     lines = lines_of(PROMPTS, [14, 3, 9, 1, 12, 6], temperature)
-    lines[5].row = lines[3].row
     arrivals = {0: lines[:2], 1: lines[2:3], 4: lines[3:5], 6: lines[5:]}
     expected = [alone(llama, line) for line in lines]
     run_pipelined(rig.runner, arrivals)
@@ -270,7 +297,7 @@ def test_tokens_are_waited_for_one_step_at_a_time(llama):
     pendings = []
     for number in range(9):
         plan = step_plan([line.span()], BLOCK_TOKENS)
-        pendings.append(rig.runner.launch(plan, greedy(1), np.array([line.row], dtype=np.int32)))
+        pendings.append(rig.runner.launch(plan, greedy(1)))
         line.num_launched += 1
         if number == 1:
             assert pendings[0].tokens().tolist() == expected[:1]
@@ -284,8 +311,8 @@ def test_rows_that_want_no_token_are_left_out(llama):
     spans = [Span([token], 0, [token]) for token in (4, 5, 6)]
     plan = step_plan(spans, BLOCK_TOKENS)
     wanted = replace(plan, logits_rows=plan.logits_rows[[0, 2]])
-    expected = plain.execute(wanted, greedy(2)).tolist()
-    assert [rig.execute(wanted, greedy(2)).tolist() for _ in range(3)] == [expected] * 3
+    expected = plain.launch(wanted, greedy(2)).tokens().tolist()
+    assert [rig.launch(wanted, greedy(2)).tokens().tolist() for _ in range(3)] == [expected] * 3
 
 
 def test_a_row_that_is_not_finite_harms_nobody(llama):
@@ -293,22 +320,49 @@ def test_a_row_that_is_not_finite_harms_nobody(llama):
     rig = Rig(llama)
     broken, sound = lines_of(PROMPTS[3:5], [6, 6])
     expected = alone(llama, sound)
-    rows = np.array([broken.row, sound.row], dtype=np.int32)
+    sound.place = 1
     seen = []
     for number in range(6):
         plan = step_plan([broken.span(), sound.span()], BLOCK_TOKENS)
         if number == 2:
             rig.device.finish()
             rig.cache[0, 0, broken.blocks[0], :, 3] = float("nan")
-        seen.append(rig.runner.launch(plan, greedy(2), rows))
+        seen.append(rig.runner.launch(plan, greedy(2)))
         broken.num_launched += 1
         sound.num_launched += 1
     assert [pending.tokens()[1] for pending in seen] == expected
     assert [pending.tokens()[0] for pending in seen[2:]] == [-1] * 4
 
 
+def test_an_engine_that_runs_ahead_tells_what_one_that_waits_tells(llama):
+    """Chunks, decodes, stop tokens, a pool too small for all: the same tokens for everyone, and steps were
+    replayed and launched ahead."""
+    rig, plain = Rig(llama), Plain(llama)
+    stop = expected = None
+    for executor in (plain, plain, rig):
+        requests = [
+            request(str(i), tuple(prompt), max_tokens=9 + i, seed=i, stop_token_ids=stop or ())
+            for i, prompt in enumerate(PROMPTS)
+        ]
+        engine = make_engine(num_blocks=12, block_tokens=BLOCK_TOKENS, executor=executor, max_num_seqs=6)
+        engine.submit(requests)
+        frames = []
+        while (frame := engine.step()) is not None:
+            frames.append(frame)
+        outputs, ends = collect(frames)
+        engine.check_integrity()
+        if stop is None:
+            stop = tuple({tokens[4] for tokens in outputs.values()})
+        elif expected is None:
+            expected = outputs, ends
+    assert (outputs, ends) == expected
+    assert {"stop"} in [set(reasons) for reasons in ends.values()]
+    assert max(frame.stats.batch_size for frame in frames if frame.stats) < len(PROMPTS)
+    assert rig.device.seen["replay"] > 3
+
+
 def test_more_rows_than_can_be_drawn_are_refused(llama):
-    """The token table has a row for each sequence, and no more."""
+    """There is memory for one token a sequence, and no more."""
     plan = step_plan([Span([1], 0, [n]) for n in range(7)], BLOCK_TOKENS)
     with pytest.raises(ValueError, match="max_num_seqs is 6"):
         Rig(llama).runner.launch(plan, greedy(7))

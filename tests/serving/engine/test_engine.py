@@ -17,11 +17,11 @@ from tests.serving.engine.test_step_time import SMOLLM2
 IDENTITY = EngineIdentity(replica_id="r1", model="m", region="here", epoch=7)
 
 
-def make_engine(num_blocks=64, executor=None, clock=time.perf_counter, **limits):
+def make_engine(num_blocks=64, executor=None, clock=time.perf_counter, block_tokens=4, **limits):
     limits = {"max_num_seqs": 8, "max_step_tokens": 16, "max_context_tokens": 1000, **limits}
     return Engine(
-        Scheduler(BlockPool(num_blocks, 4), SchedulerLimits(**limits)),
-        executor or FakeExecutor(num_blocks, 4, VOCAB_SIZE),
+        Scheduler(BlockPool(num_blocks, block_tokens), SchedulerLimits(**limits)),
+        executor or FakeExecutor(num_blocks, block_tokens, VOCAB_SIZE),
         StepTimeModel(SMOLLM2, "float32"),
         IDENTITY,
         clock,

@@ -23,6 +23,7 @@ from serving.engine.plan import SamplingBatch
 from tests.serving.engine.step_plans import Span, greedy, step_plan
 
 BLOCK_TOKENS = 16
+NOTHING = np.empty(0, dtype=np.int32)
 LIMITS = StepLimits(max_num_seqs=48, max_context_tokens=5000, num_blocks=400, block_tokens=BLOCK_TOKENS)
 
 
@@ -44,8 +45,7 @@ def decode_step(contexts: list[int], seed: int = 0, *, shared: bool = False) -> 
     counts = [-(-context // BLOCK_TOKENS) for context in contexts]
     tables = [list(range(n)) if shared else [next(free) for _ in range(n)] for n in counts]
     spans = [Span([7], context - 1, table) for context, table in zip(contexts, tables, strict=True)]
-    rows = np.arange(len(spans), dtype=np.int32)
-    return device_step(step_plan(spans, BLOCK_TOKENS), random_sampling(len(spans), random), rows, LIMITS)
+    return device_step(step_plan(spans, BLOCK_TOKENS), random_sampling(len(spans), random), NOTHING, LIMITS)
 
 
 STEPS = st.builds(
@@ -99,13 +99,12 @@ def test_every_step_fits_its_bucket_and_comes_back_whole(step):
     for got, given_ in (
         (places[1], step.plan.token_ids),
         (places[2], step.plan.positions),
-        (places[4], step.table_rows),
-        (places[5].view(np.float32), step.sampling.temperature),
-        (places[6], step.sampling.top_k),
-        (places[7].view(np.float32), step.sampling.top_p),
-        (places[8].view(np.float32), step.sampling.min_p),
-        (places[9], step.sampling.position),
-        (places[10].view(np.uint64), step.sampling.seed),
+        (places[4].view(np.float32), step.sampling.temperature),
+        (places[5], step.sampling.top_k),
+        (places[6].view(np.float32), step.sampling.top_p),
+        (places[7].view(np.float32), step.sampling.min_p),
+        (places[8], step.sampling.position),
+        (places[9].view(np.uint64), step.sampling.seed),
         (batch.slots.numpy(), step.plan.slot_mapping),
         (batch.context_lens.numpy(), step.plan.context_lens),
         (batch.block_tables.numpy()[:, :used], step.plan.block_tables),
@@ -114,18 +113,26 @@ def test_every_step_fits_its_bucket_and_comes_back_whole(step):
     assert (batch.context_lens[dummies] == 1).all() and (places[2][dummies] == 0).all()
     assert (batch.slots[dummies] == LIMITS.num_blocks * BLOCK_TOKENS).all()
     assert (batch.block_tables[dummies, 0] == LIMITS.num_blocks).all()
-    assert (places[4][dummies] == LIMITS.max_num_seqs).all() and (places[5][dummies] == 0).all()
+    assert (places[4][dummies] == 0).all(), "greedy"
     assert np.array_equal(places[3], np.arange(bucket.rows))
     assert batch.counts[1] == sum(-(-c // SPLIT_TOKENS) for c in batch.context_lens.tolist())
 
 
 def test_a_row_that_wants_no_token_draws_for_nobody():
-    """A prompt's chunk may be of one token, and want none: its row draws into the dummy row."""
+    """A prompt's chunk may be of one token, and want none: its row draws greedily, and is not looked at."""
     plan = step_plan([Span([1], 4, [3]), Span([2], 6, [5]), Span([3], 0, [8])], BLOCK_TOKENS)
     rows = np.array([0, 2], dtype=np.int32)
     sampling = random_sampling(2, np.random.default_rng(1))
-    step = device_step(replace(plan, logits_rows=rows), sampling, np.array([9, 4], dtype=np.int32), LIMITS)
+    step = device_step(replace(plan, logits_rows=rows), sampling, NOTHING, LIMITS)
     padded = pad(step, bucket_for(step, LIMITS), LIMITS)
-    assert padded.table_rows.tolist() == [9, 48, 4, 48]
     assert padded.sampling.seed[[0, 2]].tolist() == sampling.seed.tolist()
     assert padded.sampling.temperature[[1, 3]].tolist() == [0, 0]
+
+
+def test_tokens_that_are_not_known_yet_are_told_by_where_they_lie():
+    """The i-th token of the step before lies where that step left it; known ids, and the plan, stay."""
+    plan = step_plan([Span([-2], 4, [3]), Span([7], 6, [5]), Span([-1], 2, [8])], BLOCK_TOKENS)
+    drawn_rows = np.array([0, 3, 4], dtype=np.int32)
+    step = device_step(plan, random_sampling(3, np.random.default_rng(1)), drawn_rows, LIMITS)
+    assert step.plan.token_ids.tolist() == [-1 - 3, 7, -1 - 0]
+    assert plan.token_ids.tolist() == [-2, 7, -1]
