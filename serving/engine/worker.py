@@ -265,5 +265,8 @@ def _join(options: ExecutorOptions) -> dist.ProcessGroup | None:
         timeout=_GROUP_TIMEOUT,
     )
     if options.device == "cuda":
-        return dist.new_group(backend="nccl", timeout=_GROUP_TIMEOUT)
+        group = dist.new_group(backend="nccl", timeout=_GROUP_TIMEOUT)
+        # NCCL takes its buffers with the first sum: before memory is measured, and before any capture.
+        dist.all_reduce(torch.zeros(1, device=options.device), group=group)
+        return group
     return dist.group.WORLD
