@@ -19,6 +19,7 @@ what `pack_attention(..., capacity)` returns: launches depend on the capacity al
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -67,16 +68,20 @@ class BatchCapacity:
 
     def parts(self) -> list[tuple[slice, tuple[int, ...]]]:
         """Where each part lies in the array, and its shape."""
-        sizes = (math.prod(shape) for shape in self.shapes)
-        starts = self._starts()
-        return [
-            (slice(start, start + size), shape)
-            for start, size, shape in zip(starts, sizes, self.shapes, strict=False)
-        ]
+        return _parts(self)
 
     def _starts(self) -> list[int]:
         aligned = (-(-math.prod(shape) // _ALIGNED_INTS) * _ALIGNED_INTS for shape in self.shapes)
         return list(itertools.accumulate(aligned, initial=0))
+
+
+@functools.lru_cache(maxsize=256)  # a graph's comes again and again, an eager step's hardly
+def _parts(capacity: BatchCapacity) -> list[tuple[slice, tuple[int, ...]]]:
+    sizes = (math.prod(shape) for shape in capacity.shapes)
+    return [
+        (slice(start, start + size), shape)
+        for start, size, shape in zip(capacity._starts(), sizes, capacity.shapes, strict=False)
+    ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -17,6 +17,7 @@ step before has left in row r of its drawn tokens.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
@@ -59,11 +60,11 @@ class StepLimits:
     def max_table_blocks(self) -> int:
         return min(-(-self.max_context_tokens // self.block_tokens), self.num_blocks)
 
-    def row_buckets(self) -> list[int]:
+    def row_buckets(self) -> tuple[int, ...]:
         """1, 2, 4, ... `max_num_seqs`: less than half of a step is padding."""
         return _ladder(1, 2, self.max_num_seqs)
 
-    def table_buckets(self) -> list[int]:
+    def table_buckets(self) -> tuple[int, ...]:
         """Widths in blocks, up to that of the longest context."""
         return _ladder(_NARROWEST_TABLE, _TABLE_STEP, self.max_table_blocks)
 
@@ -106,11 +107,7 @@ class StepLayout:
     def places(self) -> list[slice]:
         """Of the attention's array, token ids, positions and logits rows; then of temperature, top-k, top-p,
         min-p, position and seed (two ints each) of the rows that draw."""
-        tokens, rows = self.attention.tokens, self.rows
-        sizes = (self.attention.ints, tokens, tokens, *[rows] * 6, 2 * rows)
-        aligned = (-(-size // _ALIGNED_INTS) * _ALIGNED_INTS for size in sizes)
-        starts = itertools.accumulate(aligned, initial=0)
-        return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
+        return _places(self)
 
     def write(self, array: Ints, attention: Ints, step: DeviceStep) -> None:
         """Lay `step` out in `array` [ints]; `attention` is its part that `pack_attention` made."""
@@ -129,6 +126,15 @@ class StepLayout:
         )
         for place, part in zip(self.places(), parts, strict=True):
             array[place] = part.view(np.int32)
+
+
+@functools.lru_cache(maxsize=256)  # a graph's comes again and again, an eager step's hardly
+def _places(layout: StepLayout) -> list[slice]:
+    tokens, rows = layout.attention.tokens, layout.rows
+    sizes = (layout.attention.ints, tokens, tokens, *[rows] * 6, 2 * rows)
+    aligned = (-(-size // _ALIGNED_INTS) * _ALIGNED_INTS for size in sizes)
+    starts = itertools.accumulate(aligned, initial=0)
+    return [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
 
 def device_step(plan: StepPlan, sampling: SamplingBatch, drawn_rows: Ints, limits: StepLimits) -> DeviceStep:
@@ -157,6 +163,7 @@ def pack(step: DeviceStep, layout: StepLayout | None = None) -> tuple[Ints, Step
     return attention, layout or StepLayout(capacity, len(plan.logits_rows))
 
 
+@functools.cache
 def graph_layout(bucket: Bucket, limits: StepLimits) -> StepLayout:
     """The layout of every step of `bucket`.
 
@@ -232,9 +239,10 @@ def graphs_bytes(spec: ModelSpec, max_num_seqs: int, block_bytes: int) -> int:
     return 2 * (activations + logits) + split_results + _LAUNCHES_BYTES + block_bytes
 
 
-def _ladder(first: int, factor: int, last: int) -> list[int]:
+@functools.cache
+def _ladder(first: int, factor: int, last: int) -> tuple[int, ...]:
     steps = itertools.takewhile(lambda size: size < last, (first * factor**i for i in itertools.count()))
-    return [*steps, last]
+    return (*steps, last)
 
 
 def _extended(values: Ints, count: int, filler: int) -> Ints:
