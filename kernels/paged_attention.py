@@ -46,6 +46,14 @@ class DecodeGroup:
     parts: torch.Tensor  # [2 * n * K * L / block_tokens] (block, head) rows of the cache, keys first
     tails: torch.Tensor  # rows of the gathered [2 * n * K * L] in the unwritten rest of last blocks
     mask: torch.Tensor  # [n, 1, 1, L] 0 or -inf, in the queries' dtype
+    contexts: torch.Tensor  # [n, 1, 1, 1] positions that a sequence has
+
+    def mask_within(self, window: int | None) -> torch.Tensor:
+        """The mask of a layer that sees the last `window` positions."""
+        if window is None or window >= self.mask.shape[-1]:
+            return self.mask
+        at = torch.arange(self.mask.shape[-1], device=self.mask.device)
+        return self.mask.masked_fill(at < self.contexts - window, float("-inf"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +65,15 @@ class PrefillChunk:
     context_tokens: int
     parts: torch.Tensor  # [2 * K * blocks of the context], as in DecodeGroup
     mask: torch.Tensor | None  # [end - start, context] 0 or -inf; None where plain causal
+
+    def mask_within(self, window: int | None) -> torch.Tensor | None:
+        """The mask of a layer that sees the last `window` positions; of bool where the window hides any."""
+        if window is None or window >= self.context_tokens:
+            return self.mask
+        own = self.context_tokens - (self.end - self.start)  # the position of the chunk's first token
+        shape = (self.end - self.start, self.context_tokens)
+        seen = torch.ones(shape, dtype=torch.bool, device=self.parts.device)
+        return seen.tril_(own).triu_(own - window + 1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -159,9 +176,14 @@ def paged_attention_reference(
 
 
 def _write_kv_torch(cache: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor) -> None:
-    keys, values = cache.flatten(1, 3)
-    keys.index_copy_(0, slots, key.flatten(0, 1).to(cache.dtype))
-    values.index_copy_(0, slots, value.flatten(0, 1).to(cache.dtype))
+    keys, values = _bits(cache.flatten(1, 3))
+    keys.index_copy_(0, slots, _bits(key.flatten(0, 1).to(cache.dtype)))
+    values.index_copy_(0, slots, _bits(value.flatten(0, 1).to(cache.dtype)))
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    """x; e4m3 as its bytes, because torch copies those by index on any device."""
+    return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x
 
 
 def _paged_attention_torch(
@@ -174,17 +196,19 @@ def _paged_attention_torch(
     value_scale: float,
 ) -> torch.Tensor:
     assert isinstance(batch, TorchAttentionBatch), "planned for the GPU kernels"
-    if window is not None or (key_scale, value_scale) != (1.0, 1.0):
-        raise ValueError("windows and scaled caches need the GPU kernels")
+    if (key_scale, value_scale) != (1.0, 1.0):
+        raise ValueError("scaled caches need the GPU kernels")
     out = torch.empty_like(query)
     for chunk in batch.prefills:
-        out[chunk.start : chunk.end] = _attend_chunk(query[chunk.start : chunk.end], cache, chunk)
+        out[chunk.start : chunk.end] = _attend_chunk(query[chunk.start : chunk.end], cache, chunk, window)
     for group in batch.decodes:
-        out.index_copy_(0, group.rows, _attend_group(query.index_select(0, group.rows), cache, group))
+        out.index_copy_(0, group.rows, _attend_group(query.index_select(0, group.rows), cache, group, window))
     return out
 
 
-def _attend_chunk(query: torch.Tensor, cache: torch.Tensor, chunk: PrefillChunk) -> torch.Tensor:
+def _attend_chunk(
+    query: torch.Tensor, cache: torch.Tensor, chunk: PrefillChunk, window: int | None
+) -> torch.Tensor:
     tokens, num_heads, head_dim = query.shape
     num_kv_heads = cache.shape[2]
     group = num_heads // num_kv_heads
@@ -192,13 +216,14 @@ def _attend_chunk(query: torch.Tensor, cache: torch.Tensor, chunk: PrefillChunk)
     # The batch dimension is K and the head dimension G: keys are shared by a zero stride, not copied.
     keys, values = gathered[:, :, :, : chunk.context_tokens].expand(-1, -1, group, -1, -1)
     grouped = query.unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3)
-    out = F.scaled_dot_product_attention(
-        grouped, keys, values, attn_mask=chunk.mask, is_causal=chunk.mask is None
-    )
+    mask = chunk.mask_within(window)
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=mask is None)
     return out.permute(2, 0, 1, 3).reshape(tokens, num_heads, head_dim)
 
 
-def _attend_group(query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup) -> torch.Tensor:
+def _attend_group(
+    query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup, window: int | None
+) -> torch.Tensor:
     n, num_heads, head_dim = query.shape
     num_kv_heads = cache.shape[2]
     gathered = _gather(cache, group.parts).to(query.dtype).view(-1, head_dim)
@@ -206,7 +231,7 @@ def _attend_group(query: torch.Tensor, cache: torch.Tensor, group: DecodeGroup) 
     keys, values = gathered.view(2, n, num_kv_heads, -1, head_dim)
     # The G heads that share keys become G queries of one head: a small product instead of G vectors.
     grouped = query.unflatten(1, (num_kv_heads, -1))
-    mask = group.mask.expand(-1, -1, grouped.shape[2], -1)
+    mask = group.mask_within(window).expand(-1, -1, grouped.shape[2], -1)
     out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask)
     return out.reshape(n, num_heads, head_dim)
 
@@ -258,6 +283,7 @@ def _decode_group(
         parts=_cache_parts(tables, cache),
         tails=torch.from_numpy(tails),
         mask=mask[:, None, None],
+        contexts=torch.from_numpy(context_lens.astype(np.int64))[:, None, None, None],
     )
 
 
@@ -293,7 +319,7 @@ def _to_device(batch: TorchAttentionBatch, device: torch.device) -> TorchAttenti
     return TorchAttentionBatch(
         slots=batch.slots.to(device),
         decodes=tuple(
-            DecodeGroup(*(part.to(device) for part in (g.rows, g.parts, g.tails, g.mask)))
+            DecodeGroup(*(part.to(device) for part in (g.rows, g.parts, g.tails, g.mask, g.contexts)))
             for g in batch.decodes
         ),
         prefills=tuple(

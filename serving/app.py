@@ -107,6 +107,7 @@ def compose(plan: Plan) -> Application:
     setup = IngressSetup(
         model=config.model.model_copy(update={"dtype": config.dtype}),
         model_name=plan.model_name,
+        kv_identity=config.kv_identity,
         block_tokens=config.engine.block_tokens,
         limits=config.ingress,
         tracing=config.tracing,

@@ -32,7 +32,7 @@ class ModelConfig(_Frozen):
 
     source: str = "embedded"
     name: str | None = None  # the id clients use; default: the model's own
-    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8", "int4", "float8"] = "auto"
 
 
 class MockEngineConfig(_Frozen):
@@ -65,6 +65,7 @@ class EngineConfig(_Frozen):
     accelerator: str | None = None  # value of Ray's accelerator-type label, e.g. "H100"
     block_tokens: Count = 16
     kv_blocks: Count | None = None  # default: sized from measured free memory
+    kv_dtype: Literal["auto", "float8_e4m3"] = "auto"  # auto: that of activations
     kv_memory_bytes: Count | None = None  # cap of that measure; default: 1 GiB on CPU, none on a GPU
     max_num_seqs: Count = 64
     max_step_tokens: Count = 512
@@ -171,14 +172,25 @@ class SearoomConfig(_Frozen):
             raise ValueError("cluster_file: give either a cluster_file or a cluster_map, not both")
         return self
 
+    @model_validator(mode="after")
+    def _dtype_has_a_device(self) -> SearoomConfig:
+        if self.model.dtype in ("int4", "float8") and self.engine.device != "cuda":
+            raise ValueError(f"model.dtype: {self.model.dtype} needs engine.device cuda; a CPU has int8")
+        return self
+
     @property
     def dtype(self) -> str:
-        """In which products are computed, with "auto" resolved; Ingress and engine hash blocks with it.
+        """In which products are computed, with "auto" resolved.
 
         bfloat16, also for weights that are stored in 4 or 8 bits: its answers are the float32 model's
         (`python -m serving.bench engine --quality`). int8 is faster in batches on CPU, and less near.
         """
         return "bfloat16" if self.model.dtype == "auto" else self.model.dtype
+
+    @property
+    def kv_identity(self) -> str:
+        """What the content of a block depends on besides its tokens and the weights: Ingress hashes it."""
+        return self.dtype if self.engine.kv_dtype == "auto" else f"{self.dtype}, {self.engine.kv_dtype}"
 
     @property
     def home(self) -> str:

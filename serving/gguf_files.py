@@ -1,7 +1,7 @@
 """What a GGUF file says of its model, written as the files a Hugging Face model folder has.
 
     GGUF metadata             becomes
-    llama.*                   config.json
+    llama.*, qwen3.*          config.json
     eos and end-of-turn ids   generation_config.json
     tokenizer.chat_template   chat_template.jinja
     tokenizer.ggml.*          tokenizer.json, tokenizer_config.json   (serving/gguf_tokenizer.py)
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from serving.errors import ModelFileError
 
 _REQUIRED_TENSORS = ("token_embd.weight", "output_norm.weight")
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 _CONVERTER = "serving.gguf_tokenizer"
 _CONVERTER_TIMEOUT_S = 300.0
 
@@ -33,7 +34,7 @@ def derive(file: Path, folder: Path) -> None:
     """Write everything but the weights of `file` into `folder`.
 
     Takes seconds, most of them in a child process that imports transformers. Raises ModelFileError
-    when `file` is truncated, not GGUF, not a Llama, or its tokenizer is not one of the known kinds.
+    when `file` is truncated, not GGUF, of another architecture, or its tokenizer is of an unknown kind.
     """
     reader = _open(file)
     config = _config(file, reader)
@@ -55,8 +56,10 @@ def _open(file: Path) -> gguf.GGUFReader:
 def _config(file: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     """config.json in the names serving/model_spec.py reads."""
     architecture = _value(reader, "general.architecture")
-    if architecture != "llama":
-        raise ModelFileError(f"{file} holds a model of kind {architecture!r}; supported is: llama")
+    if architecture not in _ARCHITECTURES:
+        raise ModelFileError(
+            f"{file} holds a model of kind {architecture!r}; supported are: {', '.join(_ARCHITECTURES)}"
+        )
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     missing = [name for name in _REQUIRED_TENSORS if name not in tensors]
     if missing:
@@ -66,24 +69,24 @@ def _config(file: Path, reader: gguf.GGUFReader) -> dict[str, Any]:
     tokens = reader.fields.get("tokenizer.ggml.tokens")
     if tokens is None:
         raise ModelFileError(f"{file} carries no tokenizer: use a file with tokenizer.ggml.tokens")
-    heads = _required(file, reader, "llama.attention.head_count")
-    hidden = _required(file, reader, "llama.embedding_length")
-    theta = _float(_value(reader, "llama.rope.freq_base", 10_000.0))
-    head_dim = _value(reader, "llama.attention.key_length") or hidden // heads
+    heads = _required(file, reader, f"{architecture}.attention.head_count")
+    hidden = _required(file, reader, f"{architecture}.embedding_length")
+    theta = _float(_value(reader, f"{architecture}.rope.freq_base", 10_000.0))
+    head_dim = _value(reader, f"{architecture}.attention.key_length") or hidden // heads
     return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "num_hidden_layers": _required(file, reader, "llama.block_count"),
+        "architectures": [_ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "num_hidden_layers": _required(file, reader, f"{architecture}.block_count"),
         "hidden_size": hidden,
         "num_attention_heads": heads,
-        "num_key_value_heads": _value(reader, "llama.attention.head_count_kv") or heads,
+        "num_key_value_heads": _value(reader, f"{architecture}.attention.head_count_kv") or heads,
         "head_dim": head_dim,
-        "intermediate_size": _required(file, reader, "llama.feed_forward_length"),
+        "intermediate_size": _required(file, reader, f"{architecture}.feed_forward_length"),
         "vocab_size": len(tokens.data),
-        "max_position_embeddings": _required(file, reader, "llama.context_length"),
+        "max_position_embeddings": _required(file, reader, f"{architecture}.context_length"),
         "rope_theta": theta,
-        "rope_scaling": _rope_scaling(file, reader, theta, head_dim),
-        "rms_norm_eps": _float(_required(file, reader, "llama.attention.layer_norm_rms_epsilon")),
+        "rope_scaling": _rope_scaling(file, reader, architecture, theta, head_dim),
+        "rms_norm_eps": _float(_required(file, reader, f"{architecture}.attention.layer_norm_rms_epsilon")),
         "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": _value(reader, "tokenizer.ggml.bos_token_id"),
         "eos_token_id": _value(reader, "tokenizer.ggml.eos_token_id"),
@@ -97,10 +100,13 @@ def _eos_token_ids(reader: gguf.GGUFReader) -> list[int]:
     return sorted({token for token in ids if token is not None})
 
 
-def _rope_scaling(file: Path, reader: gguf.GGUFReader, theta: float, head_dim: int) -> dict[str, Any] | None:
-    kind = _value(reader, "llama.rope.scaling.type", "none")
+def _rope_scaling(
+    file: Path, reader: gguf.GGUFReader, architecture: str, theta: float, head_dim: int
+) -> dict[str, Any] | None:
+    prefix = f"{architecture}.rope.scaling"
+    kind = _value(reader, f"{prefix}.type", "none")
     if kind == "linear":
-        return {"rope_type": "linear", "factor": _float(_value(reader, "llama.rope.scaling.factor", 1.0))}
+        return {"rope_type": "linear", "factor": _float(_value(reader, f"{prefix}.factor", 1.0))}
     if kind != "none":
         raise ModelFileError(f"{file} uses rope scaling {kind!r}; supported are: none, linear, llama3")
     factors = next((tensor.data for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)

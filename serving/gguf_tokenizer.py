@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import gguf
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 # Each names how text was split before its merges were learned (llama.cpp: src/llama-vocab.cpp).
@@ -20,25 +20,32 @@ from transformers import AutoTokenizer
 # be almost right. So the split is set here, and an unknown name is refused.
 _GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
 _SINGLE_DIGITS = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])
-_LLAMA3 = pre_tokenizers.Sequence(
-    [
-        pre_tokenizers.Split(
-            Regex(
-                r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-            ),
-            behavior="isolated",
-        ),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-)
+
+
+def _words_with_digits(digits: str) -> pre_tokenizers.PreTokenizer:
+    """Words, runs of signs and of spaces, and so many digits at a time."""
+    pattern = (
+        rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+_LLAMA3 = _words_with_digits(r"\p{N}{1,3}")
 _SPLITS = {
     "gpt-2": _GPT2,
     "smollm": _SINGLE_DIGITS,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "qwen2": _words_with_digits(r"\p{N}"),
 }
+_COMPOSED = {"qwen2"}  # text is brought into Unicode's form NFC before
 _WHOLE_WORDS_FIRST = {"llama-bpe", "llama3", "llama-v3"}  # a word in the vocabulary skips its merges
 
 
@@ -62,6 +69,8 @@ def _set_split(backend: Tokenizer, split: str) -> None:
             f"tokenizer.ggml.pre {split!r} is not supported; supported are: {', '.join(_SPLITS)}"
         )
     backend.pre_tokenizer = _SPLITS[split]
+    if split in _COMPOSED:
+        backend.normalizer = normalizers.NFC()
     backend.model.ignore_merges = split in _WHOLE_WORDS_FIRST
 
 

@@ -39,6 +39,7 @@ class IngressSetup(msgspec.Struct, frozen=True, kw_only=True):
 
     model: ModelConfig
     model_name: str  # the id clients use
+    kv_identity: str  # `SearoomConfig.kv_identity`
     block_tokens: int
     limits: IngressConfig
     tracing: TracingConfig
@@ -78,7 +79,7 @@ class Ingress:
         identity = ModelIdentity(
             name=setup.model_name,
             weight_version=files.weight_version,
-            kv_dtype=setup.model.dtype,
+            kv_dtype=setup.kv_identity,
             block_tokens=setup.block_tokens,
         )
         completions = Completions(

@@ -97,6 +97,7 @@ class Rank:
                 dtype=dtype,
                 device=config.device,
                 block_tokens=config.block_tokens,
+                kv_dtype=config.kv_dtype,
                 kv_blocks=config.kv_blocks,
                 kv_memory_bytes=config.kv_memory_bytes,
                 max_step_tokens=config.max_step_tokens,

@@ -53,7 +53,7 @@ LIBRARY_WALLS = {
     "torch": {
         "serving.engine.worker", "serving.engine.model_runner", "serving.engine.sampler",
         "serving.engine.native_runner", "serving.engine.native_sampler",
-        "serving.engine.cuda_device", "serving.engine.cuda_runner",
+        "serving.engine.cuda_device", "serving.engine.cuda_runner", "serving.engine.rank_dtypes",
         "serving.models.", "kernels.", "serving.bench.engine.",
     },
     "starlette": {"serving.gateway", "serving.http_server", "serving.responses"},

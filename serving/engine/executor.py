@@ -14,10 +14,11 @@ from serving.engine.machine import Machine
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.model_spec import ModelSpec
 
-DTypeName = Literal["float32", "bfloat16", "float16", "int8"]
+DTypeName = Literal["float32", "bfloat16", "float16", "int8", "int4", "float8"]
+KvDTypeName = Literal["auto", "float8_e4m3"]
 
-# The KV cache's dtype where it is not the weights'.
-KV_DTYPES = {"int8": "bfloat16"}
+# On a GPU, where it is not the weights'; keys and values are activations.
+_ACTIVATION_DTYPES: dict[str, str] = {"int8": "bfloat16", "int4": "bfloat16", "float8": "bfloat16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class ExecutorOptions:
     weights: tuple[Path, ...]
     spec: ModelSpec
     dtype: DTypeName = "float32"
+    kv_dtype: KvDTypeName = "auto"  # float8_e4m3 rounds keys and values to it; beyond ±448 they are 448
     device: Literal["cpu", "cuda"] = "cpu"
     block_tokens: int = 16
     kv_blocks: int | None = None
@@ -43,6 +45,16 @@ class ExecutorOptions:
     rendezvous: str | None = None
     num_threads: int = 1
     mock: MockEngineConfig | None = None  # for `mock_executor` alone
+
+    @property
+    def activation_dtype(self) -> str:
+        """In which a GPU computes; on a CPU the kernels have their own."""
+        return _ACTIVATION_DTYPES.get(self.dtype, self.dtype)
+
+    @property
+    def kv_cache_dtype(self) -> str:
+        """`kv_dtype`, with "auto" resolved."""
+        return self.activation_dtype if self.kv_dtype == "auto" else self.kv_dtype
 
 
 class Launched(Protocol):

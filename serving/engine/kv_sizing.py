@@ -1,6 +1,7 @@
 """How many KV blocks a rank's pool gets, and why. Pure.
 
-    activations = n · (4·d + (H + 2·Hkv)·hd + 3·f) · 4 bytes        of the widest step, one layer at a time
+    activations = n · (4·d + (H + 2·Hkv)·hd + 3·f) · 4 bytes        of the widest step, one layer at a time;
+                                                                    with experts, k·d more: their results
     logits      = 4 · S · V · 4 bytes                               drawn from by copies: sorted, summed
     usable      = free after loading the weights - activations - logits - graphs - 2 % of what is free
     blocks      = min(usable, limit) / bytes a block
@@ -28,7 +29,9 @@ _LOGIT_COPIES = 4
 def step_peak_bytes(spec: ModelSpec, max_step_tokens: int, max_num_seqs: int) -> tuple[int, int]:
     """What the largest step needs besides weights and KV: activations, logits."""
     heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    widths = 4 * spec.hidden_size + heads + 3 * spec.intermediate_size
+    widths = 4 * spec.hidden_size + heads + 3 * spec.mlp_width
+    if spec.experts is not None:
+        widths += spec.experts.per_token * spec.hidden_size
     activations = max_step_tokens * widths * _VALUE_BYTES
     logits = _LOGIT_COPIES * min(max_num_seqs, max_step_tokens) * spec.vocab_size * _VALUE_BYTES
     return activations, logits

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serving.config import MockEngineConfig
-from serving.engine.executor import KV_DTYPES, Done, ExecutorOptions
+from serving.engine.executor import Done, ExecutorOptions
 from serving.engine.kv_sizing import DEFAULT_CPU_KV_BYTES
 from serving.engine.machine import Machine
 from serving.engine.plan import SamplingBatch, StepPlan
@@ -53,7 +53,7 @@ class MockExecutor:
         token_ids = config.token_ids or COMMON_TOKENS[: max(0, vocab_size - COMMON_TOKENS[0])]
         if not token_ids or max(token_ids) >= vocab_size:
             raise ConfigError(f"engine.mock.token_ids: the model's vocabulary ends at {vocab_size - 1}")
-        self.kv_dtype = KV_DTYPES.get(options.dtype, options.dtype)
+        self.kv_dtype = options.kv_cache_dtype
         self.num_blocks = options.kv_blocks or _blocks_in_memory(options)
         self._spec, self._step = options.spec, config.step
         self._token_ids = np.array(token_ids, dtype=np.int32)

@@ -42,7 +42,7 @@ class ModelRunner:
     @property
     def bytes_per_weight(self) -> float:
         """What a step reads for each of the model's weights."""
-        return float(self._model.dtype.itemsize)
+        return self._model.bytes_per_weight
 
     @torch.inference_mode()
     def hidden(self, plan: StepPlan) -> torch.Tensor:

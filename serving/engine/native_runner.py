@@ -28,11 +28,13 @@ logger = logging.getLogger(__name__)
 
 def precision_of(options: ExecutorOptions) -> Precision | None:
     """In which precision the native library serves such a rank; None where it does not."""
-    if options.device != "cpu" or options.spec.architecture != "LlamaForCausalLM":
+    if options.device != "cpu":
         return None
     if options.dtype != "bfloat16" and options.dtype != "int8":
         return None
     why = native.unsupported() or unsupported(options.spec, options.world_size, options.block_tokens)
+    if why is None and options.kv_dtype != "auto":
+        why = f"kv_dtype {options.kv_dtype} is not the native library's"
     if why is not None:
         logger.warning("%s runs on torch's kernels, several times slower: %s", options.dtype, why)
         return None

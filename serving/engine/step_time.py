@@ -15,7 +15,10 @@ decoder-only transformer:
     V  vocabulary        f  MLP width      s  bytes a weight                 κ  KV bytes a token
 
     FLOPs = 2·P·n + 2·d·V·n_logits + Σ 4·L·H·hd·q_i·(c_i + q_i/2)
-    bytes = s·P + s·d·V + κ·Σ(c_i + q_i) + 2·n·L·(8·d + 3·f)
+    bytes = s·P(n) + s·d·V + κ·Σ(c_i + q_i) + 2·n·L·(8·d + 3·f)
+
+With k of E experts a token, P and f count k of them, and P(n) the E·(1 - (1 - k/E)^n) that n tokens go to
+(were each choice as likely); else P(n) is P.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from serving.engine.machine import Machine, Resource
 from serving.engine.scheduled_step import ScheduledStep
 from serving.model_spec import ModelSpec
 
-KV_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+KV_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,7 @@ def step_flops(spec: ModelSpec, shape: StepShape) -> float:
     """Floating-point operations of a step; the formula is at the top of the file."""
     attention = 4 * spec.num_layers * spec.num_heads * spec.head_dim
     return (
-        2.0 * spec.num_linear_parameters * shape.tokens
+        2.0 * spec.num_active_parameters * shape.tokens
         + 2.0 * spec.hidden_size * spec.vocab_size * shape.num_logits
         + attention * shape.attention_pairs
     )
@@ -67,8 +70,8 @@ def step_flops(spec: ModelSpec, shape: StepShape) -> float:
 
 def step_bytes(spec: ModelSpec, shape: StepShape, weight_bytes: float, kv_bytes: int) -> float:
     """Bytes a step moves to and from memory, at so many bytes a weight and a KV value."""
-    weights = spec.num_linear_parameters + spec.hidden_size * spec.vocab_size
-    per_layer_token = 8 * spec.hidden_size + 3 * spec.intermediate_size
+    weights = spec.num_touched_parameters(shape.tokens) + spec.hidden_size * spec.vocab_size
+    per_layer_token = 8 * spec.hidden_size + 3 * spec.mlp_width
     return (
         weight_bytes * weights
         + float(spec.kv_bytes_per_token(kv_bytes)) * shape.kv_tokens
@@ -79,7 +82,8 @@ def step_bytes(spec: ModelSpec, shape: StepShape, weight_bytes: float, kv_bytes:
 def roofline_prior(spec: ModelSpec, machine: Machine, weight_bytes: float, kv_bytes: int) -> StepCoefficients:
     """Coefficients before any step was timed: weights and KV at memory speed, the rest at compute speed.
 
-    The sum of both, which bounds the roofline's maximum of both from above, by at most a factor 2.
+    The sum of both, which bounds the roofline's maximum of both from above, by at most a factor 2. What
+    experts a few tokens go to costs those tokens; from the last knot on, all experts are read.
     """
     token_ms = 1e3 * step_flops(spec, StepShape(1, 0, 0, 0)) / machine.flops_per_s
     weights = step_bytes(spec, StepShape(0, 0, 0, 0), weight_bytes, kv_bytes)
@@ -89,8 +93,21 @@ def roofline_prior(spec: ModelSpec, machine: Machine, weight_bytes: float, kv_by
         per_kv_token_ms=1e3 * spec.kv_bytes_per_token(kv_bytes) / machine.bytes_per_s,
         per_logit_ms=1e3 * step_flops(spec, StepShape(0, 0, 1, 0)) / machine.flops_per_s,
         per_pair_ms=1e3 * step_flops(spec, StepShape(0, 0, 0, 1)) / machine.flops_per_s,
-        small_token_ms=(token_ms,) * len(TOKEN_KNOTS),
+        small_token_ms=tuple(
+            token_ms + expert_ms for expert_ms in _expert_token_ms(spec, machine, weight_bytes)
+        ),
     )
+
+
+def _expert_token_ms(spec: ModelSpec, machine: Machine, weight_bytes: float) -> list[float]:
+    """Between the knots, what reading further experts costs a token; zeros where there are none."""
+    touched = [spec.num_touched_parameters(knot) for knot in (0, *TOKEN_KNOTS[:-1])]
+    touched.append(spec.num_linear_parameters)
+    value_ms = 1e3 * weight_bytes / machine.bytes_per_s
+    return [
+        value_ms * (upto - before) / (high - low)
+        for before, upto, low, high in zip(touched, touched[1:], (0, *TOKEN_KNOTS), TOKEN_KNOTS, strict=False)
+    ]
 
 
 class StepTimeModel:

@@ -24,7 +24,7 @@ from kernels.cpu import library as native
 from kernels.machine import measure
 from serving.engine.cuda_device import CudaDevice
 from serving.engine.cuda_runner import CudaRunner
-from serving.engine.executor import KV_DTYPES, Done, ExecutorOptions, Launched
+from serving.engine.executor import Done, ExecutorOptions, Launched
 from serving.engine.graph_buckets import StepLimits, graphs_bytes
 from serving.engine.kv_sizing import (
     DEFAULT_CPU_KV_BYTES,
@@ -37,6 +37,7 @@ from serving.engine.machine import Machine
 from serving.engine.model_runner import ModelRunner, allocate_kv_cache
 from serving.engine.native_runner import NativeRunner, NativeUpgrade, load_native, precision_of
 from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.rank_dtypes import DTYPES, check_dtypes, weight_format, widening_bytes
 from serving.errors import ConfigError
 from serving.host import available_memory_bytes
 from serving.models import ARCHITECTURES
@@ -45,7 +46,6 @@ from serving.models.llama import Llama
 from serving.models.native_llama import NativeLlama
 from serving.models.weights import open_weights
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _MESSAGE_INTS = 8192
 _KEEP_ALIVE, _PLAN, _STOP = 0, 1, 2
 # A rank waits so long for a message or a sum; rank 0 keeps alive every minute at least.
@@ -62,17 +62,18 @@ class Worker:
 
     def __init__(self, options: ExecutorOptions) -> None:
         _check_split(options)
+        check_dtypes(options)
         torch.set_num_threads(options.num_threads)
         self._rank, self._world_size = options.rank, options.world_size
         self._device = torch.device(options.device)
-        self.kv_dtype = KV_DTYPES.get(options.dtype, options.dtype)
+        self.kv_dtype = options.kv_cache_dtype
         self._tensor_group = _join(options) if options.world_size > 1 else None
         shard = Shard(options.rank, options.world_size, self._all_reduce)
-        kv_dtype = _DTYPES[self.kv_dtype]
+        kv_dtype = DTYPES[self.kv_dtype]
         self.block_bytes = (
             options.block_tokens * options.spec.kv_bytes_per_token(kv_dtype.itemsize) // options.world_size
         )
-        self._dtype = options.dtype
+        self._dtype = options.dtype if options.device == "cpu" else options.activation_dtype
         self._ranks_here = self._ranks_on_this_machine()
         precision = precision_of(options)
         library = native.cached() if precision is not None else None
@@ -161,9 +162,10 @@ class Worker:
         On CPU always in float32: few CPUs are faster in 16 bits without the native library, and none is
         nearer to the model.
         """
-        dtype = torch.float32 if options.device == "cpu" else _DTYPES[options.dtype]
+        dtype = torch.float32 if options.device == "cpu" else DTYPES[options.activation_dtype]
         source = open_weights(options.weights, options.spec, dtype)
-        return ARCHITECTURES[options.spec.architecture](options.spec, source, self._device, shard)
+        load = ARCHITECTURES[options.spec.architecture]
+        return load(options.spec, source, self._device, shard, weight_format(options))
 
     def _send(self, kind: int, payload: NDArray[np.int32]) -> None:
         if self._world_size == 1:
@@ -200,6 +202,7 @@ class Worker:
         if limit is None and self._device.type == "cpu":
             limit = DEFAULT_CPU_KV_BYTES
         activations, logits = step_peak_bytes(options.spec, options.max_step_tokens, options.max_num_seqs)
+        activations += widening_bytes(options)
         memory = RankMemory(
             free_bytes=self._free_bytes(),
             activation_bytes=activations,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.linear import PackedWeight, linear, pack_weight
+from kernels.linear import PackedWeight, WeightFormat, linear, pack_weight
+from serving.model_spec import ModelSpec
 from serving.models.weights import ALL, TensorSource
 
 
@@ -38,23 +39,6 @@ class ColumnParallel:
 
     weight: PackedWeight
 
-    @classmethod
-    def load(
-        cls,
-        source: TensorSource,
-        names: tuple[str, ...],
-        rows: tuple[int, ...],
-        columns: int,
-        shard: Shard,
-        device: torch.device,
-    ) -> ColumnParallel:
-        """Read `names`, of `rows` outputs each and `columns` inputs."""
-        parts = [
-            source.tensor(name, (size, columns), rows=shard.part(size))
-            for name, size in zip(names, rows, strict=True)
-        ]
-        return cls(pack_weight(torch.cat(parts).to(device)))
-
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight)
 
@@ -66,15 +50,45 @@ class RowParallel:
     weight: PackedWeight
     shard: Shard
 
-    @classmethod
-    def load(
-        cls, source: TensorSource, name: str, rows: int, columns: int, shard: Shard, device: torch.device
-    ) -> RowParallel:
-        """Read `name`, of `rows` outputs and `columns` inputs."""
-        part = source.tensor(name, (rows, columns), rows=ALL, columns=shard.part(columns))
-        return cls(pack_weight(part.to(device)), shard)
-
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = linear(x, self.weight)
         self.shard.all_reduce(out)
         return out
+
+
+@dataclass(frozen=True)
+class Loader:
+    """Reads one rank's part of a model; what the layers multiply with is kept in `weight_format`."""
+
+    spec: ModelSpec
+    source: TensorSource
+    device: torch.device
+    shard: Shard
+    weight_format: WeightFormat = "plain"
+
+    def whole(self, name: str, *shape: int) -> torch.Tensor:
+        """A tensor that every rank holds."""
+        return self.source.tensor(name, shape).to(self.device)
+
+    def stacked(self, names: tuple[str, ...], rows: tuple[int, ...], columns: int) -> torch.Tensor:
+        """This rank's rows of matrices `names`, of `rows` outputs each, below one another."""
+        parts = [
+            self.source.tensor(name, (size, columns), rows=self.shard.part(size))
+            for name, size in zip(names, rows, strict=True)
+        ]
+        return torch.cat([part.to(self.device) for part in parts])  # a GPU joins them in no time
+
+    def some_columns(self, name: str, rows: int, columns: int) -> torch.Tensor:
+        """This rank's columns of a matrix."""
+        part = self.source.tensor(name, (rows, columns), rows=ALL, columns=self.shard.part(columns))
+        return part.to(self.device)
+
+    def column_parallel(self, names: tuple[str, ...], rows: tuple[int, ...], columns: int) -> ColumnParallel:
+        """The matrices `names`, of `rows` outputs each and `columns` inputs."""
+        return ColumnParallel(pack_weight(self.stacked(names, rows, columns), self.weight_format))
+
+    def row_parallel(self, name: str, rows: int, columns: int) -> RowParallel:
+        """The matrix `name`, of `rows` outputs and `columns` inputs."""
+        return RowParallel(
+            pack_weight(self.some_columns(name, rows, columns), self.weight_format), self.shard
+        )

@@ -26,12 +26,16 @@ Precision = Literal["bfloat16", "int8"]
 Ints = NDArray[np.int32]
 Weight = torch.Tensor | GroupQuantized
 
+_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")  # the same, but for windows
 _HEAD_DIMS = (32, 64, 128, 256)
 _MOST_SHARING = 48  # query heads of a key/value head: `kQueryRows` of attention.h
 
 
 def unsupported(spec: ModelSpec, world_size: int, block_tokens: int) -> str | None:
     """Why `forward.cpp` cannot run this model split so, or None."""
+    if spec.architecture not in _ARCHITECTURES or spec.windows:
+        windowed = " with a sliding window" if spec.windows else ""
+        return f"{spec.architecture}{windowed} is none of {_ARCHITECTURES} without one"
     widths = (
         spec.hidden_size,
         spec.num_heads * spec.head_dim // world_size,

@@ -23,7 +23,7 @@ from serving.models.gguf_file import GgufFile, StoredTensor
 
 ALL = slice(None)
 
-# GGUF's names of a llama's tensors, by Hugging Face's.
+# GGUF's names of tensors, by Hugging Face's.
 _GGUF_NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -36,6 +36,8 @@ _GGUF_LAYER_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -45,6 +47,11 @@ _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 class TensorSource(Protocol):
     """Named tensors of one model."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of every tensor it gives."""
+        ...
 
     def names(self) -> list[str]:
         """Every tensor's name as its files spell it."""
@@ -87,22 +94,23 @@ def open_weights(paths: tuple[Path, ...], spec: ModelSpec, dtype: torch.dtype) -
 
 
 class GgufSource:
-    """A llama-family GGUF file, dequantised tensor by tensor.
+    """A llama's or a qwen3's GGUF file, dequantised tensor by tensor.
 
-    llama.cpp stores query and key rows so that a rotary pair is adjacent; they are put back into
-    Hugging Face's order, where a pair is half a head apart.
+    llama.cpp stores a llama's query and key rows so that a rotary pair is adjacent; they are put back into
+    Hugging Face's order, where a pair is half a head apart, as it is in a qwen3.
     """
 
     def __init__(self, path: Path, spec: ModelSpec, dtype: torch.dtype) -> None:
         self._path = path
         self._file = GgufFile(path)
         architecture = self._file.metadata.get("general.architecture")
-        if architecture != "llama":
+        if architecture not in ("llama", "qwen3"):
             raise ModelFileError(
-                f"{path}: GGUF architecture {architecture} is not supported; supported: llama"
+                f"{path}: GGUF architecture {architecture} is not supported; supported: llama, qwen3"
             )
+        self._permuted = ("q_proj.weight", "k_proj.weight") if architecture == "llama" else ()
         self._head_dim = spec.head_dim
-        self._dtype = dtype
+        self.dtype = dtype
 
     def names(self) -> list[str]:
         return list(self._file.tensors)
@@ -118,11 +126,11 @@ class GgufSource:
                 f"{self._path}: tensor {name} is quantised as {stored.kind.name}, which is not supported; "
                 "convert the file to another quantisation, such as Q8_0"
             ) from unknown
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if name.endswith(self._permuted):
             values = _unpermute(values, self._head_dim)
         if values.ndim == 2:
             values = values[:, columns]
-        return torch.from_numpy(np.array(values)).to(self._dtype)
+        return torch.from_numpy(np.array(values)).to(self.dtype)
 
     def is_quantized(self, name: str) -> bool:
         stored = self._file.tensors.get(_gguf_name(name))
@@ -136,7 +144,7 @@ class GgufSource:
         if read is None:
             return quantize_groups(self.tensor(name, shape, rows, columns))
         quantized = read(self._file.read(stored)[rows])
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if name.endswith(self._permuted):
             order = np.arange(len(quantized.values))[:, None]
             quantized = quantized.rows(_unpermute(order, self._head_dim)[:, 0])
         return quantized.columns(columns)
@@ -154,7 +162,7 @@ class SafetensorsSource:
 
     def __init__(self, paths: tuple[Path, ...], dtype: torch.dtype) -> None:
         self._paths = paths
-        self._dtype = dtype
+        self.dtype = dtype
         self._places = {}
         for path in paths:
             try:
@@ -185,7 +193,7 @@ class SafetensorsSource:
                 f"{path}: tensor {name} is {values.dtype}; only float32, bfloat16 and float16 weights are "
                 "supported"
             )
-        return values.to(self._dtype, copy=True)
+        return values.to(self.dtype, copy=True)
 
     def is_quantized(self, name: str) -> bool:
         return False

@@ -15,11 +15,22 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 class Pool:
     """A cache full of NaN, and sequences whose blocks are scattered over it."""
 
-    def __init__(self, num_heads, num_kv_heads, head_dim, block_tokens, dtype=torch.float32, num_blocks=64):
+    def __init__(
+        self,
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        block_tokens,
+        dtype=torch.float32,
+        num_blocks=64,
+        cache_dtype=None,
+        window=None,
+    ):
         self.generator = torch.Generator().manual_seed(0)
         self.heads, self.dtype = (num_heads, num_kv_heads, head_dim), dtype
         shape = (2, num_blocks, num_kv_heads, block_tokens, head_dim)
-        self.cache = torch.full(shape, float("nan"), dtype=dtype)
+        self.cache = torch.full(shape, float("nan"), dtype=dtype).to(cache_dtype or dtype)
+        self.window = window
         self.block_tokens = block_tokens
         self.free = np.random.default_rng(0).permutation(num_blocks).tolist()
 
@@ -47,7 +58,7 @@ class Pool:
         contexts = np.array([end for _, end in spans], dtype=np.int32)
         batch = plan_attention(slots, query_start, contexts, tables, cache=self.cache, dtype=self.dtype)
         write_kv(self.cache, key, value, batch.slots)
-        return paged_attention(query, self.cache, batch), (query_start, contexts, tables)
+        return paged_attention(query, self.cache, batch, window=self.window), (query_start, contexts, tables)
 
     def fill(self, contexts, tables):
         """Write random keys and values of `contexts` tokens."""
@@ -73,7 +84,7 @@ def check(pool, spans):
     heads, kv_heads, _ = pool.heads
     query = pool.random(total, heads)
     out, plan = pool.step(spans, tables, query, pool.random(total, kv_heads), pool.random(total, kv_heads))
-    expected = paged_attention_reference(query, pool.cache, *plan)
+    expected = paged_attention_reference(query, pool.cache.to(pool.dtype), *plan, window=pool.window)
     tolerance = TOLERANCE[pool.dtype]
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
@@ -95,22 +106,34 @@ def test_a_mixed_step_is_the_formula(heads, dtype):
     ),
     block_tokens=st.sampled_from([1, 3, 8]),
     heads=st.sampled_from([(3, 1, 4), (2, 2, 6)]),
+    window=st.sampled_from([None, 1, 2, 5, 8, 40]),
 )
-def test_any_batch_is_the_formula(spans, block_tokens, heads):
-    """Whatever is batched, each token sees exactly its own sequence up to itself."""
-    check(Pool(*heads, block_tokens, num_blocks=128), spans)
+def test_any_batch_is_the_formula(spans, block_tokens, heads, window):
+    """Whatever is batched, each token sees exactly its own sequence up to itself, within the window."""
+    check(Pool(*heads, block_tokens, num_blocks=128, window=window), spans)
 
 
-def test_decodes_are_the_formula_across_groups(monkeypatch):
+@pytest.mark.parametrize("window", [None, 4])
+def test_an_e4m3_cache_is_the_formula_over_what_it_holds(window):
+    """Keys and values are rounded as they are written, and then attended to as they were rounded."""
+    pool = Pool(6, 2, 16, block_tokens=4, cache_dtype=torch.float8_e4m3fn, window=window)
+    check(pool, [(0, 5), (7, 8), (3, 9), (0, 1), (12, 13)])
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_decodes_are_the_formula_across_groups(monkeypatch, window):
     """Cutting decodes into groups by length and memory changes nothing."""
     monkeypatch.setattr(subject, "_GROUP_TOKENS", 16)
-    check(Pool(6, 2, 8, block_tokens=4), [(n, n + 1) for n in (0, 3, 4, 5, 11, 12, 19, 19, 19)])
+    check(
+        Pool(6, 2, 8, block_tokens=4, window=window), [(n, n + 1) for n in (0, 3, 4, 5, 11, 12, 19, 19, 19)]
+    )
 
 
-def test_a_tiled_chunk_is_the_formula(monkeypatch):
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_tiled_chunk_is_the_formula(monkeypatch, window):
     """A chunk whose mask would be too large is cut into rows, the last of them fewer."""
     monkeypatch.setattr(subject, "_MASK_ENTRIES", 60)
-    check(Pool(6, 2, 8, block_tokens=4), [(9, 20), (2, 3), (1, 12)])
+    check(Pool(6, 2, 8, block_tokens=4, window=window), [(9, 20), (2, 3), (1, 12)])
 
 
 @pytest.mark.parametrize("cuts", [(13,), (4, 13), (1, 2, 3, 13), (5, 6, 13), tuple(range(1, 14))])

@@ -50,6 +50,9 @@ def test_an_unknown_key_is_named_with_its_file_and_path(args, key):
         ({"regions": [{"name": "a"}, {"name": "a"}], "pin_regions": True}, "names a region twice"),
         ({"home_region": "eu"}, "home_region: 'eu' is not one of"),
         ({"regions": [{"name": "a"}, {"name": "b"}]}, "pin_regions: must be true"),
+        ({"engine": {"kv_dtype": "int8"}}, "engine.kv_dtype: "),
+        ({"model": {"dtype": "int4"}}, "model.dtype: int4 needs engine.device cuda"),
+        ({"model": {"dtype": "float8"}}, "model.dtype: float8 needs engine.device cuda"),
         ({"cluster_file": "f", "cluster_map": pretend(["local"]).model_dump()}, "not both"),
     ],
 )
@@ -72,6 +75,19 @@ def test_a_key_in_the_clear_is_refused_and_not_repeated():
     with pytest.raises(ConfigError, match="SHA-256 hex digest") as refused:
         parse_config({"ingress": {"auth": {"key_sha256": ["sk-canary"]}}}, "my.yaml")
     assert "sk-canary" not in str(refused.value)
+
+
+def test_blocks_of_another_kv_dtype_are_other_blocks():
+    """What Ingress hashes tells apart every dtype that changes keys and values."""
+    configs = [
+        {},
+        {"model": {"dtype": "float32"}},
+        {"engine": {"kv_dtype": "float8_e4m3"}},
+        {"model": {"dtype": "float8"}, "engine": {"device": "cuda"}},
+    ]
+    identities = [parse_config(config, "x").kv_identity for config in configs]
+    assert len(set(identities)) == len(configs)
+    assert identities[0] == parse_config({"model": {"dtype": "bfloat16"}}, "x").kv_identity
 
 
 def test_a_config_is_frozen():

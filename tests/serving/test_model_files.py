@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import transformers
 from safetensors.numpy import save_file
+from tokenizers import pre_tokenizers
 
 from serving import embedded_model as embedded
 from serving.errors import ModelFileError
@@ -63,14 +64,17 @@ def write_gguf(path: Path, architecture: str = "llama", split: str | None = None
     writer.add_head_count_kv(1)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(500_000.0)
+    if architecture == "qwen3":
+        writer.add_key_length(96)
     writer.add_tokenizer_model("llama" if split is None else "gpt2")
-    writer.add_token_list(PIECES)
-    writer.add_token_types([2, 3, 3, *([6] * 256), *([1] * 5)])
+    pieces = changed.get("pieces", PIECES)
+    writer.add_token_list(pieces)
+    writer.add_token_types([2, 3, 3, *([6] * 256), *([1] * (len(pieces) - 259))])
     if split is None:
         writer.add_token_scores([-float(at) for at in range(len(PIECES))])
     else:
         writer.add_tokenizer_pre(split)
-        writer.add_token_merges(["h i"])
+        writer.add_token_merges(changed.get("merges", ["h i"]))
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_eot_token_id(0)
@@ -166,6 +170,28 @@ def test_llama3_rope_factors(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
+def test_a_qwen3_gguf_becomes_a_model(tmp_path: Path) -> None:
+    """Its config has its own head dim; its tokenizer composes and splits text as Qwen's own does."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["Ġa", "Ġab", "12", "Ã©"]
+    merges = [("Ġ", "a"), ("Ġa", "b"), ("1", "2"), ("Ã", "©")]
+    pieces = ["<unk>", "<s>", "</s>", *letters, *words]
+    source = write_gguf(
+        tmp_path / "a.gguf",
+        "qwen3",
+        split="qwen2",
+        pieces=pieces,
+        merges=[" ".join(merge) for merge in merges],
+    )
+    files = resolve(str(source), cache=tmp_path / "cache")
+    spec = read_model_spec(files.folder)
+    assert (spec.architecture, spec.head_dim, spec.windows) == ("Qwen3ForCausalLM", 96, ())
+    theirs = transformers.Qwen2Tokenizer({piece: at for at, piece in enumerate(pieces)}, merges)
+    text = "a ab12 é e\u0301  x\r\n\n it's 123"
+    assert Tokenizer(files).encode(text, add_special=False) == theirs.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.full
 def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
     """A byte-level vocabulary whose split is unknown would tokenize almost right: it is refused."""
     with pytest.raises(ModelFileError, match=r"tokenizer\.ggml\.pre 'klingon' is not supported"):
@@ -186,7 +212,7 @@ def test_a_truncated_gguf_is_named(tmp_path: Path, part: int) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"architecture": "mamba"}, "supported is: llama"),
+        ({"architecture": "mamba"}, "supported are: llama, qwen3"),
         ({"tensors": ("token_embd.weight",)}, r"lacks the tensor output_norm\.weight"),
     ],
 )

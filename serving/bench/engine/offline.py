@@ -17,7 +17,7 @@ from serving.block_hash import hash_root
 from serving.config import parse_config
 from serving.engine.assembly import build_engine
 from serving.engine.engine import Engine, EngineIdentity
-from serving.engine.executor import ExecutorOptions
+from serving.engine.executor import ExecutorOptions, KvDTypeName
 from serving.engine.machine import Machine
 from serving.engine.native_runner import precision_of
 from serving.engine.scheduler import SchedulerLimits
@@ -36,6 +36,7 @@ class EngineSetup:
 
     source: str = "embedded"
     dtype: str = "auto"
+    kv_dtype: KvDTypeName = "auto"
     threads: int | None = None
     kv_blocks: int | None = None
     max_num_seqs: int = 64
@@ -94,6 +95,12 @@ class EngineUnderTest:
         self.worker = load_worker(setup, self.files, self.spec)
         self._executor = TimedExecutor(self.worker)
         self.rebuild()
+
+    @property
+    def precision(self) -> str:
+        """The dtype, and that of the KV cache where it is another than usual."""
+        kv_dtype = self.setup.kv_dtype
+        return self.dtype if kv_dtype == "auto" else f"{self.dtype}, KV {kv_dtype}"
 
     @property
     def runner(self) -> Any:
@@ -185,6 +192,7 @@ def load_worker(setup: EngineSetup, files: ModelFiles, spec: ModelSpec) -> Worke
         weights=files.weights,
         spec=spec,
         dtype=resolved_dtype(setup.dtype),
+        kv_dtype=setup.kv_dtype,
         block_tokens=setup.block_tokens,
         kv_blocks=setup.kv_blocks,
         num_threads=setup.threads or available_cores(),

@@ -88,7 +88,7 @@ def run(
 ) -> list[Quality]:
     """Both ways for the dtype of each of `setups`, which share their model; prints the verdicts."""
     found = []
-    with EngineUnderTest(replace(setups[0], dtype="float32")) as reference:
+    with EngineUnderTest(replace(setups[0], dtype="float32", kv_dtype="auto")) as reference:
         prompts = chat_prompts(Tokenizer(reference.files), num_prompts)
         for setup in setups:
             with EngineUnderTest(setup) as candidate:
@@ -117,8 +117,8 @@ def compare(
             plan = replace(plan, logits_rows=rows)
             prefill.add(logits(reference, plan), logits(candidate, plan))
     return [
-        decode.quality(candidate.dtype, "decode", len(prompts)),
-        prefill.quality(candidate.dtype, "prefill", len(prompts)),
+        decode.quality(candidate.precision, "decode", len(prompts)),
+        prefill.quality(candidate.precision, "prefill", len(prompts)),
     ]
 
 

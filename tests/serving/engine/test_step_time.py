@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from serving.engine.least_squares import OnlineFit, non_negative_solution
 from serving.engine.machine import Machine
 from serving.engine.step_time import StepShape, StepTimeModel, roofline_prior, step_bytes, step_flops
-from serving.model_spec import ModelSpec
+from serving.model_spec import Experts, ModelSpec
 from tests.serving.engine.harness import Harness, request
 
 SMOLLM2 = ModelSpec(
@@ -26,6 +26,18 @@ SMOLLM2 = ModelSpec(
     tie_word_embeddings=True,
     bos_token_id=1,
     eos_token_ids=(2,),
+)
+
+QWEN3_30B_A3B = msgspec.structs.replace(
+    SMOLLM2,
+    architecture="Qwen3MoeForCausalLM",
+    num_layers=48,
+    hidden_size=2048,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=128,
+    intermediate_size=6144,
+    experts=Experts(count=128, per_token=8, intermediate_size=768, renormalize=True),
 )
 
 
@@ -73,6 +85,40 @@ def test_bytes_are_weights_once_and_each_context_token_once():
     with_kv = StepShape(tokens=0, kv_tokens=1000, num_logits=0, attention_pairs=0)
     assert step_bytes(SMOLLM2, with_kv, weight_bytes=2, kv_bytes=2) - weights == 1000 * 22.5 * 1024
     assert step_bytes(SMOLLM2, with_kv, weight_bytes=0.5, kv_bytes=2) < weights
+
+
+def test_experts_count_where_they_are_multiplied_with_and_where_they_are_read():
+    """Qwen3-30B-A3B has 29.9 G weights in its layers (its model card). A token is multiplied with 8 experts
+    of 128; a step reads as many as random choices meet."""
+    spec, experts = QWEN3_30B_A3B, QWEN3_30B_A3B.experts
+    assert spec.num_linear_parameters == pytest.approx(29.9e9, rel=0.002)
+    one_expert = 3 * spec.hidden_size * experts.intermediate_size
+    idle = (128 - 8) * one_expert * spec.num_layers
+    assert spec.num_active_parameters == spec.num_linear_parameters - idle
+    assert step_flops(spec, StepShape(5, 0, 0, 0)) == 10 * spec.num_active_parameters
+    assert spec.num_touched_parameters(1) == pytest.approx(spec.num_active_parameters)
+    rng = np.random.default_rng(0)
+    for tokens in (3, 16, 64):
+        chosen = np.argsort(rng.random((300, tokens, 128)), axis=2)[:, :, :8].reshape(300, -1)
+        met = np.mean([len(set(row)) for row in chosen.tolist()])
+        touched = spec.num_touched_parameters(tokens) - spec.num_touched_parameters(0)
+        assert touched == pytest.approx(met * one_expert * spec.num_layers, rel=0.02)
+
+
+def test_dense_models_read_and_multiply_with_all_their_weights():
+    """Whatever the step."""
+    assert SMOLLM2.num_active_parameters == SMOLLM2.num_linear_parameters
+    assert SMOLLM2.num_touched_parameters(0) == SMOLLM2.num_touched_parameters(9) == 30 * 3_538_944
+
+
+def test_the_prior_of_experts_follows_what_a_batch_reads():
+    """Small batches read few experts and cost less than large ones, as the roofline has it."""
+    machine = Machine(flops_per_s=1e15, bytes_per_s=3e12, step_overhead_ms=0.0)
+    prior = roofline_prior(QWEN3_30B_A3B, machine, weight_bytes=2, kv_bytes=2)
+    for batch in (1, 4, 16, 40, 64, 256):
+        shape = shape_of([(1, 100, 1)] * batch)
+        floor_ms = 1e3 * step_bytes(QWEN3_30B_A3B, shape, 2, 2) / machine.bytes_per_s
+        assert 0.85 * floor_ms < prior.decode_ms(batch, 100 * batch) < 1.3 * floor_ms, batch
 
 
 def test_a_shape_is_read_off_a_scheduled_step():

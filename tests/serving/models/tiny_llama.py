@@ -1,17 +1,24 @@
-"""Small random Llamas, saved by transformers, to compare ours with."""
+"""Small random models, saved by transformers, to compare ours with."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 VOCAB_SIZE = 131
 
 
-def save_tiny_llama(folder: Path, shard_size: str = "5GB", **changes: object) -> LlamaForCausalLM:
+def save_tiny_llama(folder: Path, shard_size: str = "5GB", **changes: object) -> PreTrainedModel:
     """A random model of 2 layers in `folder`; `changes` go over its config. Returns it, in float32."""
+    return save_tiny(LlamaConfig, folder, shard_size, **changes)
+
+
+def save_tiny(
+    kind: type[PreTrainedConfig], folder: Path, shard_size: str = "5GB", **changes: object
+) -> PreTrainedModel:
+    """As `save_tiny_llama`, of another architecture."""
     settings: dict[str, object] = dict(
         vocab_size=VOCAB_SIZE,
         hidden_size=48,
@@ -26,7 +33,7 @@ def save_tiny_llama(folder: Path, shard_size: str = "5GB", **changes: object) ->
         rms_norm_eps=1e-5,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(settings | changes))).eval().float()
+    model = AutoModelForCausalLM.from_config(kind(**(settings | changes))).eval().float()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
