@@ -21,6 +21,13 @@ KvDTypeName = Literal["auto", "float8_e4m3"]
 _ACTIVATION_DTYPES: dict[str, str] = {"int8": "bfloat16", "int4": "bfloat16", "float8": "bfloat16"}
 
 
+@dataclass(frozen=True)
+class RandomWeights:
+    """In place of files: drawn anew at every start, the same for the same seed and device kind."""
+
+    seed: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExecutorOptions:
     """What a rank is told at its start.
@@ -30,7 +37,7 @@ class ExecutorOptions:
     "host:port", needed when `world_size` > 1.
     """
 
-    weights: tuple[Path, ...]
+    weights: tuple[Path, ...] | RandomWeights
     spec: ModelSpec
     dtype: DTypeName = "float32"
     kv_dtype: KvDTypeName = "auto"  # float8_e4m3 rounds keys and values to it; beyond ±448 they are 448

@@ -19,9 +19,9 @@ from kernels.cpu import library as native
 from serving.engine.executor import ExecutorOptions
 from serving.engine.native_sampler import sample_native
 from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.weight_source import source_of
 from serving.models.layers import Shard
 from serving.models.native_llama import NativeLlama, Precision, unsupported
-from serving.models.weights import open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def load_native(
     options: ExecutorOptions, precision: Precision, shard: Shard, library: ctypes.CDLL
 ) -> NativeLlama:
     """This rank's part of the model. Raises ModelFileError as the torch path does."""
-    source = open_weights(options.weights, options.spec, torch.bfloat16)
+    source = source_of(options, torch.bfloat16, torch.device("cpu"))
     return NativeLlama(options.spec, source, shard, precision, library)
 
 

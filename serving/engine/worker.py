@@ -38,13 +38,13 @@ from serving.engine.model_runner import ModelRunner, allocate_kv_cache
 from serving.engine.native_runner import NativeRunner, NativeUpgrade, load_native, precision_of
 from serving.engine.plan import SamplingBatch, StepPlan
 from serving.engine.rank_dtypes import DTYPES, check_dtypes, weight_format, widening_bytes
+from serving.engine.weight_source import source_of
 from serving.errors import ConfigError
 from serving.host import available_memory_bytes
 from serving.models import ARCHITECTURES
 from serving.models.layers import Shard
 from serving.models.llama import Llama
 from serving.models.native_llama import NativeLlama
-from serving.models.weights import open_weights
 
 _MESSAGE_INTS = 8192
 _KEEP_ALIVE, _PLAN, _STOP = 0, 1, 2
@@ -163,7 +163,7 @@ class Worker:
         nearer to the model.
         """
         dtype = torch.float32 if options.device == "cpu" else DTYPES[options.activation_dtype]
-        source = open_weights(options.weights, options.spec, dtype)
+        source = source_of(options, dtype, self._device)
         load = ARCHITECTURES[options.spec.architecture]
         return load(options.spec, source, self._device, shard, weight_format(options))
 

@@ -6,7 +6,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -19,6 +19,8 @@ from serving.bench.engine.offline import EngineSetup
 from serving.bench.engine.peers import SCRIPTS, PeerSpec
 from serving.bench.engine.report import write_json
 from serving.bench.engine.tables import print_report
+from serving.bench.engine.workload_command import WorkloadCommand
+from serving.bench.engine.workloads import KINDS
 from serving.errors import ConfigError
 
 
@@ -63,6 +65,32 @@ def engine(
         bool,
         typer.Option("--prefix", help="Instead: time to first token of cached prompts beside cold ones."),
     ] = False,
+    kv_dtype: Annotated[
+        Literal["auto", "float8_e4m3"], typer.Option(help="Of the KV cache, as in the config.")
+    ] = "auto",
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Ours; with cuda, under the workloads below.")
+    ] = "cpu",
+    model_config: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: this config (llama-3-8b, qwen3-0.6b, ... or its path), beside its floors."
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="The config's weights, drawn on the device.")
+    ] = False,
+    workload: Annotated[list[str] | None, typer.Option(help=f"{', '.join(KINDS)}. Default: all.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Of the workload `batch`.")] = 256,
+    startup_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--startup", file_okay=False, help="Instead: to the first token; weights are saved here once."
+        ),
+    ] = None,
+    rehearse: Annotated[
+        bool, typer.Option("--rehearse", help="Workloads in tiny: that they run, not how fast.")
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write every figure there.")
     ] = None,
@@ -75,12 +103,29 @@ def engine(
     With peers, all are loaded at once and take turns, on the same weights and prompts.
     """
     console = Console()
-    setup = EngineSetup(source=model, threads=threads)
+    setup = EngineSetup(source=model, threads=threads, kv_dtype=kv_dtype)
     dtypes = tuple(part.strip() for part in dtype.split(","))
     with errors_told():
         write_plot = None if plot is None else plotter("serving.bench.engine.plot")
         check_folder("--json", json_file)
         check_folder("--plot", plot)
+        if device == "cuda" or model_config is not None or startup_folder is not None:
+            command = WorkloadCommand(
+                setup=replace(setup, dtype=dtypes[0], device=device),
+                config=model_config,
+                random_weights=random_weights,
+                workloads=tuple(workload or KINDS),
+                requests=requests,
+                startup_folder=startup_folder,
+                rehearse=rehearse,
+                repeats=repeats,
+                peers=tuple(peer or ()),
+                peer_pythons=tuple(peer_python or ()),
+                json_file=json_file,
+            )
+            if not command.run(console):
+                raise typer.Exit(1)
+            return
         results: dict[str, Any] = {}
         if pressure_share is not None:
             results["pressure"] = [

@@ -8,8 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from kernels.cpu import library
 from serving.bench.engine.timed_executor import TimedExecutor
@@ -17,7 +18,7 @@ from serving.block_hash import hash_root
 from serving.config import parse_config
 from serving.engine.assembly import build_engine
 from serving.engine.engine import Engine, EngineIdentity
-from serving.engine.executor import ExecutorOptions, KvDTypeName
+from serving.engine.executor import Executor, ExecutorOptions, KvDTypeName, RandomWeights
 from serving.engine.machine import Machine
 from serving.engine.native_runner import precision_of
 from serving.engine.scheduler import SchedulerLimits
@@ -32,11 +33,16 @@ IDENTITY = EngineIdentity(replica_id="bench", model="bench", region="local", epo
 
 @dataclass(frozen=True)
 class EngineSetup:
-    """What is benched: the model and the engine's sizes. None is the engine's own default."""
+    """What is benched: the model and the engine's sizes. None is the engine's own default.
+
+    With `random_weights` the source is a folder that needs no more than a config.json.
+    """
 
     source: str = "embedded"
     dtype: str = "auto"
     kv_dtype: KvDTypeName = "auto"
+    device: Literal["cpu", "cuda"] = "cpu"
+    random_weights: bool = False
     threads: int | None = None
     kv_blocks: int | None = None
     max_num_seqs: int = 64
@@ -47,7 +53,7 @@ class EngineSetup:
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """A greedy request whose end-of-sequence token is ignored; it arrives so long after the run's start.
+    """A request whose end-of-sequence token is ignored; it arrives so long after the run's start.
 
     `reserve_blocks` None reserves its prompt and all of `max_tokens`.
     """
@@ -57,6 +63,7 @@ class BenchRequest:
     arrival_s: float = 0.0
     reserve_blocks: int | None = None
     priority: int = 0
+    temperature: float = 0.0  # greedy
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,11 @@ class RequestRecord:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Requests in the order they were given; a step's model forward stands at its place in `forward_ms`."""
+    """Requests in the order they were given.
+
+    A step's model forward stands at its place in `forward_ms`, which is empty on a GPU: there it runs beside
+    the host.
+    """
 
     elapsed_s: float
     requests: tuple[RequestRecord, ...]
@@ -89,11 +100,16 @@ class EngineUnderTest:
     def __init__(self, setup: EngineSetup) -> None:
         """Load the model. Raises ConfigError or ModelFileError as a replica would."""
         self.setup = setup
-        self.files = resolve(setup.source)
+        self.files = _config_alone(setup.source) if setup.random_weights else resolve(setup.source)
         self.spec: ModelSpec = read_model_spec(self.files.folder)
-        self.dtype = resolved_dtype(setup.dtype)
+        self.dtype = resolved_dtype(setup.dtype, setup.device)
         self.worker = load_worker(setup, self.files, self.spec)
-        self._executor = TimedExecutor(self.worker)
+        self.runner: Any = self.worker._runner  # what computes the worker's logits
+        self._executor: Executor = self.worker
+        self._forward_ms: list[float] = []
+        if setup.device == "cpu":
+            timed = TimedExecutor(self.worker)
+            self._executor, self._forward_ms = timed, timed.forward_ms
         self.rebuild()
 
     @property
@@ -101,11 +117,6 @@ class EngineUnderTest:
         """The dtype, and that of the KV cache where it is another than usual."""
         kv_dtype = self.setup.kv_dtype
         return self.dtype if kv_dtype == "auto" else f"{self.dtype}, KV {kv_dtype}"
-
-    @property
-    def runner(self) -> Any:
-        """What computes the worker's logits."""
-        return self._executor.runner
 
     def __enter__(self) -> EngineUnderTest:
         return self
@@ -118,7 +129,7 @@ class EngineUnderTest:
     def close(self) -> None:
         """Free the model and its KV pool."""
         self.worker.close()
-        del self.worker, self._executor, self.engine
+        del self.worker, self.runner, self._executor, self.engine
 
     def rebuild(
         self,
@@ -159,7 +170,7 @@ class EngineUnderTest:
         while (frame := run.advance()) is not None:
             if on_step is not None:
                 on_step(frame)
-        return run.record(tuple(self._executor.forward_ms))
+        return run.record(tuple(self._forward_ms))
 
     def submit_of(self, request: BenchRequest, request_id: str) -> Submit:
         """The engine's message for `request`."""
@@ -167,19 +178,19 @@ class EngineUnderTest:
         return Submit(
             request_id=request_id,
             token_ids=request.token_ids,
-            sampling=SamplingParams(max_tokens=request.max_tokens, temperature=0.0),
+            sampling=SamplingParams(max_tokens=request.max_tokens, temperature=request.temperature),
             reserve_blocks=blocks if request.reserve_blocks is None else request.reserve_blocks,
             hash_root=hash_root(self.files.name, self.files.weight_version, self.worker.kv_dtype, "bench"),
             priority=request.priority,
         )
 
     def start_timing(self) -> None:
-        self._executor.forward_ms.clear()
+        self._forward_ms.clear()
 
 
-def resolved_dtype(dtype: str) -> Any:
-    """What a replica would make of a config's `dtype`. Raises ConfigError for one there is not."""
-    return parse_config({"model": {"dtype": dtype}}, "--dtype").dtype
+def resolved_dtype(dtype: str, device: str = "cpu") -> Any:
+    """What a replica would make of a config's `dtype`. Raises ConfigError for one the device has not."""
+    return parse_config({"model": {"dtype": dtype}, "engine": {"device": device}}, "--dtype").dtype
 
 
 def load_worker(setup: EngineSetup, files: ModelFiles, spec: ModelSpec) -> Worker:
@@ -189,18 +200,26 @@ def load_worker(setup: EngineSetup, files: ModelFiles, spec: ModelSpec) -> Worke
     fast path where there is one.
     """
     options = ExecutorOptions(
-        weights=files.weights,
+        weights=RandomWeights() if setup.random_weights else files.weights,
         spec=spec,
-        dtype=resolved_dtype(setup.dtype),
+        dtype=resolved_dtype(setup.dtype, setup.device),
         kv_dtype=setup.kv_dtype,
+        device=setup.device,
         block_tokens=setup.block_tokens,
         kv_blocks=setup.kv_blocks,
+        max_step_tokens=setup.max_step_tokens,
+        max_num_seqs=setup.max_num_seqs,
         num_threads=setup.threads or available_cores(),
     )
     if precision_of(options) is not None:
         with contextlib.suppress(RuntimeError, OSError):  # the worker tries again, and says why it cannot
             library.build()
     return Worker(options)
+
+
+def _config_alone(source: str) -> ModelFiles:
+    folder = Path(source)
+    return ModelFiles(folder.name, folder, (), "random")
 
 
 def available_cores() -> int:

@@ -1,11 +1,13 @@
 """The conversation of a peer's process with the benchmark: one JSON object a line, over stdin and stdout.
 
-    in   {"model": PATH, "threads": N, "max_batch": B, "max_tokens": T}      once
+    in   {"model": PATH, "threads": N, "max_batch": B, "max_tokens": T,      once
+          "device": "cpu" or "cuda"}
     out  {"description": "what runs, with versions"}
-    in   {"prompts": [[id, ...], ...], "new_tokens": N}                      as often as wanted
+    in   {"prompts": [[id, ...], ...], "new_tokens": N or [N, ...]}          as often as wanted
     out  {"elapsed_s": S, "token_times_s": [[s, ...], ...], "output_ids": [[id, ...], ...]}
 
-Peers are run by path in environments of their own, so this file and they use nothing of Searoom's.
+A list of numbers, one a prompt, is sent only to a peer that takes them. Peers are run by path in
+environments of their own, so this file and they use nothing of Searoom's.
 Whatever a library prints to stdout goes to stderr: the benchmark reads lines, not chatter.
 """
 
@@ -16,6 +18,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class LoadOptions:
     threads: int
     max_batch: int
     max_tokens: int  # prompt and new ones, of one sequence
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Generated:
     output_ids: list[list[int]]
 
 
-Generate = Callable[[list[list[int]], int], Generated]
+Generate = Callable[[list[list[int]], Any], Generated]
 
 
 def serve(load: Callable[[LoadOptions], tuple[str, Generate]]) -> None:

@@ -41,7 +41,7 @@ def bfloat16_folder(files: ModelFiles, spec: ModelSpec, cache: Path | None = Non
 
 
 def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """A Llama's tensors under Hugging Face's names, [out, in] each."""
+    """A Llama's or Qwen3's tensors under Hugging Face's names, [out, in] each."""
     d, f = spec.hidden_size, spec.intermediate_size
     queries, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
     shapes: dict[str, tuple[int, ...]] = {
@@ -63,4 +63,6 @@ def tensor_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
             f"{prefix}.mlp.up_proj.weight": (f, d),
             f"{prefix}.mlp.down_proj.weight": (d, f),
         }
+        if spec.architecture == "Qwen3ForCausalLM":
+            shapes |= {f"{prefix}.self_attn.{part}_norm.weight": (spec.head_dim,) for part in "qk"}
     return shapes

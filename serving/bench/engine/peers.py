@@ -18,6 +18,7 @@ from serving.errors import SearoomError
 FOLDER = Path(__file__).parent
 SCRIPTS = {
     "transformers": FOLDER / "peer_transformers.py",
+    "transformers-batching": FOLDER / "peer_transformers_batching.py",
     "llama.cpp": FOLDER / "peer_llama_cpp.py",
     "vllm": FOLDER / "peer_vllm.py",
 }
@@ -61,7 +62,9 @@ class PeerOutput:
 class Peer:
     """A running peer. One request at a time; `close` ends it."""
 
-    def __init__(self, spec: PeerSpec, model: Path, threads: int, max_batch: int, max_tokens: int) -> None:
+    def __init__(
+        self, spec: PeerSpec, model: Path, threads: int, max_batch: int, max_tokens: int, device: str = "cpu"
+    ) -> None:
         """Start it and wait until its model is loaded. Raises PeerFailed."""
         self.name = spec.name
         self._spec = spec
@@ -76,14 +79,21 @@ class Peer:
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._read_lines, name=f"peer-{spec.name}", daemon=True).start()
-        loaded = self._ask(
-            {"model": str(model), "threads": threads, "max_batch": max_batch, "max_tokens": max_tokens},
-            LOAD_TIMEOUT_S,
-        )
+        options = {
+            "model": str(model),
+            "threads": threads,
+            "max_batch": max_batch,
+            "max_tokens": max_tokens,
+            "device": device,
+        }
+        loaded = self._ask(options, LOAD_TIMEOUT_S)
         self.description = str(loaded["description"])
 
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> PeerOutput:
-        """Greedy, exactly `new_tokens` for each prompt. Raises PeerFailed."""
+    def generate(self, prompts: list[list[int]], new_tokens: int | list[int]) -> PeerOutput:
+        """Greedy, exactly `new_tokens` for each prompt, or so many for each. Raises PeerFailed.
+
+        Only "transformers-batching" takes numbers that differ.
+        """
         reply = self._ask({"prompts": prompts, "new_tokens": new_tokens}, REPLY_TIMEOUT_S)
         output = PeerOutput(
             elapsed_s=float(reply["elapsed_s"]),
@@ -91,10 +101,9 @@ class Peer:
             output_ids=tuple(map(tuple, reply["output_ids"])),
         )
         lengths = [len(ids) for ids in output.output_ids]
-        if lengths != [new_tokens] * len(prompts):
-            raise PeerFailed(
-                f"{self.name} answered with {lengths} tokens where {new_tokens} each were asked for"
-            )
+        wanted = [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
+        if lengths != wanted:
+            raise PeerFailed(f"{self.name} answered with {lengths} tokens where {wanted} were asked for")
         return output
 
     @property

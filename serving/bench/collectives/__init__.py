@@ -1,0 +1,1 @@
+"""What a fabric gives to the ranks of a tensor-parallel group."""
