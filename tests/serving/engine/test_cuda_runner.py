@@ -1,13 +1,17 @@
 """Decoding from graphs: on a device that does a GPU's work on CPU tensors, and on a GPU if there is one."""
 
 import os
+import queue
+import threading
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 # Triton reads this where a kernel is defined: before anything imports kernels.gpu.
 if not torch.cuda.is_available():
@@ -19,7 +23,7 @@ from serving.engine.cuda_runner import CudaRunner, Pending
 from serving.engine.executor import Done, ExecutorOptions
 from serving.engine.graph_buckets import StepLimits
 from serving.engine.model_runner import ModelRunner, allocate_kv_cache
-from serving.engine.plan import SamplingBatch
+from serving.engine.plan import SamplingBatch, StepPlan
 from serving.engine.worker import Worker
 from serving.model_spec import read_model_spec
 from serving.models.layers import Shard
@@ -405,6 +409,29 @@ def test_a_gpus_graphs_give_its_eager_tokens(tmp_path, temperature):
     assert all(token >= 0 for tokens in runs[0] for token in tokens)
 
 
+@pytest.mark.gpu
+def test_nccls_collectives_are_replayed_with_their_graph(tmp_path):
+    """At world size 1, where a sum and a broadcast change nothing: captured, they do not."""
+    worker = gpu_worker(tmp_path)
+    runner = worker._runner
+    expected = lines_of(PROMPTS[:3], [20, 9, 14], temperature=0.8)
+    run_pipelined(runner, {0: expected[:2], 5: expected[2:]})
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for layer in runner._model._layers:
+            for part in (layer.attention.out, layer.mlp.down):
+                object.__setattr__(part, "shard", Shard(0, 1, dist.all_reduce))
+        runner._share = lambda drawn: dist.broadcast(drawn, 0)
+        runner._graphs.clear()
+        lines = lines_of(PROMPTS[:3], [20, 9, 14], temperature=0.8)
+        run_pipelined(runner, {0: lines[:2], 5: lines[2:]})
+        torch.cuda.synchronize()
+    finally:
+        dist.destroy_process_group()
+    assert any(graph._graph is not None for graph in runner._graphs.values())
+    assert [line.tokens for line in lines] == [line.tokens for line in expected]
+
+
 class _Forgetful(dict):
     """Every bucket is new to it: all steps are first ones, which run eagerly."""
 
@@ -432,3 +459,53 @@ def gpu_worker(folder) -> Worker:
             max_num_seqs=LIMITS.max_num_seqs,
         )
     )
+
+
+def test_two_ranks_run_ahead_as_one(tmp_path):
+    """Sums and drawn tokens travel between the ranks within the steps, over gloo here: pipelined over two
+    ranks, every line gets what it gets alone on one."""
+    save_tiny_llama(tmp_path, num_key_value_heads=2, num_attention_heads=4)
+    spec = read_model_spec(tmp_path)
+    store = dist.HashStore()
+    plans: queue.SimpleQueue[StepPlan | None] = queue.SimpleQueue()
+    lines = lines_of(PROMPTS[:4], [9, 12, 3, 7], temperature=0.7)
+    expected = [alone(load(tmp_path, torch.float32), line) for line in lines]
+
+    def runner_of(rank: int) -> CudaRunner:
+        group = dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60))
+        shard = Shard(rank, 2, lambda partial: group.allreduce([partial]).wait())
+        source = open_weights(tuple(tmp_path.glob("*.safetensors")), spec, torch.float32)
+        model = Llama(spec, source, CPU, shard)
+        cache = allocate_kv_cache(model, NUM_BLOCKS + 1, BLOCK_TOKENS, model.dtype, CPU).fill_(float("nan"))
+
+        def share(drawn: torch.Tensor) -> None:
+            group.broadcast(drawn, 0).wait()
+
+        return CudaRunner(model, cache, LIMITS, LazyDevice(), share, live_attention(cache[0]))
+
+    def follow() -> None:
+        follower = runner_of(1)
+        while (plan := plans.get()) is not None:
+            follower.follow(plan)
+            follower._device.finish()
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        leader = _Leader(runner_of(0), plans)
+        run_pipelined(leader, {0: lines[:3], 4: lines[3:]})
+    finally:
+        plans.put(None)
+        thread.join(60)
+    assert [line.tokens for line in lines] == expected
+
+
+class _Leader:
+    """Rank 0: what it launches, the other rank follows."""
+
+    def __init__(self, runner: CudaRunner, plans: queue.SimpleQueue[StepPlan | None]) -> None:
+        self._runner, self._plans = runner, plans
+
+    def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Pending:
+        self._plans.put(plan)
+        return self._runner.launch(plan, sampling)
