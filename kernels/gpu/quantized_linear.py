@@ -32,6 +32,9 @@ from kernels.quantized_linear import (
 )
 
 MAX_ROWS = 64
+PIECEWISE_ROWS = 256
+"""Up to so many, the weights are read once for every MAX_ROWS rows: less than it takes to widen them."""
+
 _HALF = tl.constexpr(GROUP // 2)
 # Keeps the 132 to 148 multiprocessors of large GPUs busy twice; constant, so that no sum depends on the GPU.
 _PROGRAMS = 288
@@ -182,10 +185,12 @@ def _quantize_rows_kernel(x, out, scale, K, BLOCK_K: tl.constexpr):
 
 
 def int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
-    """x [M, K] bfloat16 or float16 -> [M, N]; beyond MAX_ROWS by the library, on widened weights."""
+    """x [M, K] bfloat16 or float16 -> [M, N]; beyond PIECEWISE_ROWS by the library, on widened weights."""
     _check(x, weight.data, weight.data.shape[1], torch.int8)
-    if not 0 < len(x) <= MAX_ROWS:
+    if not 0 < len(x) <= PIECEWISE_ROWS:
         return int8_linear_torch(x, weight)
+    if len(x) > MAX_ROWS:
+        return torch.cat([int8_linear(piece, weight) for piece in x.split(MAX_ROWS)])
     launch = _plan(x, weight, x.shape[1], x.dtype, _INT8)
     _int8_kernel[launch.grid](
         x, weight.data, weight.scale, launch.out, launch.partials, weight.arrivals, *launch.sizes,
@@ -195,10 +200,12 @@ def int8_linear(x: torch.Tensor, weight: Int8Weight) -> torch.Tensor:
 
 
 def int4_linear(x: torch.Tensor, weight: Int4Weight) -> torch.Tensor:
-    """x [M, K] bfloat16 or float16 -> [M, N]; beyond MAX_ROWS by the library, on widened weights."""
+    """x [M, K] bfloat16 or float16 -> [M, N]; beyond PIECEWISE_ROWS by the library, on widened weights."""
     _check(x, weight.data, 2 * weight.data.shape[1], torch.uint8)
-    if not 0 < len(x) <= MAX_ROWS:
+    if not 0 < len(x) <= PIECEWISE_ROWS:
         return int4_linear_torch(x, weight)
+    if len(x) > MAX_ROWS:
+        return torch.cat([int4_linear(piece, weight) for piece in x.split(MAX_ROWS)])
     launch = _plan(x, weight, x.shape[1], x.dtype, _INT4)
     _int4_kernel[launch.grid](
         x, weight.data, weight.scale, weight.zero, launch.out, launch.partials, weight.arrivals,

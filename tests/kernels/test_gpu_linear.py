@@ -163,9 +163,10 @@ def test_a_row_does_not_depend_on_the_batch(name, device):
         assert torch.equal(linear(x[4:24].contiguous(), weight), whole[4:24])
 
 
-def test_many_rows_go_to_the_library(device):
-    """Beyond MAX_ROWS the widened weight is multiplied, with the same result."""
-    x, dense = operands((subject.MAX_ROWS + 1, 128, 16), torch.float16, device)
+@pytest.mark.parametrize("rows", [subject.MAX_ROWS + 1, subject.PIECEWISE_ROWS + 1])
+def test_many_rows_go_in_pieces_or_to_the_library(rows, device):
+    """Beyond MAX_ROWS in pieces, beyond PIECEWISE_ROWS on the widened weight, with the same result."""
+    x, dense = operands((rows, 128, 16), torch.float16, device)
     for quantize, linear, dequantize in FORMATS.values():
         weight = quantize(dense)
         with forced("triton"):
