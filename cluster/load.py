@@ -72,6 +72,7 @@ class ReplicaLoad(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int  # sequences that run at one time at most
     num_observations: int  # timed steps that `step` is learned from
     draining: bool = False
+    asleep: bool = False  # its memory is given back: the next request wakes it, and waits for that
 
     @property
     def room_blocks(self) -> int:

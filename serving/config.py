@@ -67,12 +67,20 @@ class EngineConfig(_Frozen):
     kv_blocks: Count | None = None  # default: sized from measured free memory
     kv_dtype: Literal["auto", "float8_e4m3"] = "auto"  # auto: that of activations
     kv_memory_bytes: Count | None = None  # cap of that measure; default: 1 GiB on CPU, none on a GPU
+    host_kv_bytes: Count | None = None  # a rank's host memory for what its KV blocks lose; default: none
     max_num_seqs: Count = 64
     max_step_tokens: Count = 512
+    sleep_after_s: Annotated[float, Field(gt=0)] | None = None  # idle for so long, give GPU memory back
     tpot_ms: Annotated[float, Field(gt=0)] | None = None  # keep a stream's mean time a token within this
     threads: Count | None = None  # a rank; default: cores // ranks on the node
     executor: str = "serving.engine.worker:Worker"  # what runs a step's tensors
     mock: MockEngineConfig | None = None  # with it, nothing does
+
+    @model_validator(mode="after")
+    def _only_gpus_sleep(self) -> EngineConfig:
+        if self.sleep_after_s is not None and self.device != "cuda":
+            raise ValueError("sleep_after_s: gives a GPU's memory back; leave it out, or set device: cuda")
+        return self
 
     @model_validator(mode="after")
     def _mock_stands_alone(self) -> EngineConfig:

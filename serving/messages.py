@@ -184,6 +184,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     prefix_hit_tokens: int
     prefix_query_tokens: int
+    host_hit_tokens: int = 0  # of the hits, those fetched from host memory
 
 
 class BlockStored(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -196,9 +196,13 @@ KV_BLOCKS_RESERVED = _gauge(
 PREFIX_HIT_TOKENS = _counter(
     "prefix_hit_tokens", "tokens", "Prompt tokens found in the prefix cache.", REPLICA_TAGS
 )
+HOST_HIT_TOKENS = _counter(
+    "host_hit_tokens", "tokens", "Of these, brought back from host memory.", REPLICA_TAGS
+)
 PREFIX_QUERY_TOKENS = _counter(
     "prefix_query_tokens", "tokens", "Prompt tokens looked up in the prefix cache.", REPLICA_TAGS
 )
+ASLEEP = _gauge("asleep", "1", "1 while the replica has given its GPU's memory back.", REPLICA_TAGS)
 PREEMPTIONS = _counter(
     "preemptions", "1", "Sequences that lost their blocks to others and started over.", REPLICA_TAGS
 )
@@ -236,7 +240,9 @@ REPLICA_SERIES = (
     KV_BLOCKS_EVICTABLE,
     KV_BLOCKS_RESERVED,
     PREFIX_HIT_TOKENS,
+    HOST_HIT_TOKENS,
     PREFIX_QUERY_TOKENS,
+    ASLEEP,
     PREEMPTIONS,
     BATCH_SIZE,
     STEP_TIME,

@@ -100,12 +100,14 @@ class Rank:
                 kv_dtype=config.kv_dtype,
                 kv_blocks=config.kv_blocks,
                 kv_memory_bytes=config.kv_memory_bytes,
+                host_kv_bytes=config.host_kv_bytes,
                 max_step_tokens=config.max_step_tokens,
                 max_num_seqs=config.max_num_seqs,
                 rank=identity.rank,
                 world_size=identity.world_size,
                 rendezvous=rendezvous,
                 num_threads=config.threads or max(1, (os.cpu_count() or 1) // identity.ranks_on_node),
+                sleeps=config.sleep_after_s is not None,
                 mock=config.mock,
             )
         )
@@ -140,7 +142,7 @@ class Rank:
             loop.call_soon_threadsafe(self._frames.put, frame)
 
         try:
-            self._engine.run(publish, idle=self._executor.keep_alive)
+            self._engine.run(publish, self._executor.keep_alive, self._config.sleep_after_s)
         except Exception as failure:
             logger.exception("the engine failed")
             self._failure = failure

@@ -209,6 +209,7 @@ class ModelReplica:
 
     def _record_load(self, load: ReplicaLoad) -> None:
         cached = load.blocks_evictable
+        self._meter.set(metrics.ASLEEP, float(load.asleep), self._tags)
         self._meter.set(metrics.KV_BLOCKS_FREE, load.blocks_free, self._tags)
         self._meter.set(metrics.KV_BLOCKS_EVICTABLE, cached, self._tags)
         self._meter.set(metrics.KV_BLOCKS_RESERVED, load.blocks_reserved, self._tags)
@@ -227,4 +228,5 @@ class ModelReplica:
         meter.set(metrics.ROOFLINE_RATIO, stats.floor_ms / stats.step_ms if stats.step_ms else 0.0, tags)
         meter.add(metrics.PREEMPTIONS, stats.num_preemptions, tags)
         meter.add(metrics.PREFIX_HIT_TOKENS, stats.prefix_hit_tokens, tags)
+        meter.add(metrics.HOST_HIT_TOKENS, stats.host_hit_tokens, tags)
         meter.add(metrics.PREFIX_QUERY_TOKENS, stats.prefix_query_tokens, tags)

@@ -55,7 +55,8 @@ def _row(replica: ReplicaStatus) -> tuple[str, ...]:
         load.blocks_reserved,
         load.room_blocks - replica.dispatched_blocks,
     )
-    return (load.region, load.replica_id, replica.state, *map(str, figures))
+    state = f"{replica.state}, asleep" if load.asleep else replica.state
+    return (load.region, load.replica_id, state, *map(str, figures))
 
 
 def _print_needed(status: RouterStatus, console: Console) -> None:

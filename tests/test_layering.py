@@ -53,8 +53,8 @@ LIBRARY_WALLS = {
     "torch": {
         "serving.engine.worker", "serving.engine.model_runner", "serving.engine.sampler",
         "serving.engine.native_runner", "serving.engine.native_sampler",
-        "serving.engine.cuda_device", "serving.engine.cuda_runner", "serving.engine.rank_dtypes",
-        "serving.engine.weight_source",
+        "serving.engine.cuda_device", "serving.engine.cuda_runner", "serving.engine.kv_transfer",
+        "serving.engine.parked_weights", "serving.engine.rank_dtypes", "serving.engine.weight_source",
         "serving.models.", "kernels.", "serving.bench.engine.", "serving.bench.collectives.",
     },
     "starlette": {"serving.gateway", "serving.http_server", "serving.responses"},

@@ -9,6 +9,7 @@ from serving.engine.block_pool import BlockPool
 from serving.engine.engine import Engine, EngineIdentity
 from serving.engine.executor import Executor
 from serving.engine.governor import Governor
+from serving.engine.host_tier import HostTier
 from serving.engine.machine import Machine
 from serving.engine.scheduler import Scheduler, SchedulerLimits
 from serving.engine.step_time import StepTimeModel
@@ -36,7 +37,8 @@ def build_engine(
     """
     num_blocks = executor.num_blocks if num_blocks is None else num_blocks
     assert 0 < num_blocks <= executor.num_blocks
-    scheduler = Scheduler(BlockPool(num_blocks, block_tokens), limits)
+    host = HostTier(executor.num_host_blocks) if executor.num_host_blocks else None
+    scheduler = Scheduler(BlockPool(num_blocks, block_tokens, host), limits)
     governor = None
     if tpot_ms is not None:
         governor = Governor(tpot_ms, limits.max_step_tokens, limits.max_num_seqs)

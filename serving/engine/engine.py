@@ -93,6 +93,7 @@ class Engine:
         self._is_draining = False
         self._is_stopping = False
         self._is_closed = False
+        self._is_asleep = False  # the executor has given its memory back
         self._last_step = 0
         self._last_report = 0
 
@@ -176,32 +177,58 @@ class Engine:
             launched = self._executor.launch(plan, sampling)
             self._flights.append(_Flight(step, launched, started_s, scheduled_s))
 
-    def run(self, publish: Callable[[StepFrame], None], idle: Callable[[], None] | None = None) -> None:
-        """Step and publish until `stop`, asleep while there is nothing to do.
+    def run(
+        self,
+        publish: Callable[[StepFrame], None],
+        idle: Callable[[], None] | None = None,
+        sleep_after_s: float | None = None,
+    ) -> None:
+        """Step and publish until `stop`, waiting while there is nothing to do.
 
-        `idle` is called whenever 30 s pass without work, for a keep-alive among ranks. However this
+        `idle` is called whenever 30 s pass without work, for a keep-alive among ranks. When `sleep_after_s`
+        have passed so, the executor gives its memory back until the next request comes. However this
         ends, an error of the executor included (which is raised), every live request is told so.
         """
         try:
-            while self._wait_for_work(idle):
+            while self._wait_for_work(idle, sleep_after_s):
                 frame = self.step()
                 if frame is not None:
                     publish(frame)
         finally:
             publish(self._close())
 
-    def _wait_for_work(self, idle: Callable[[], None] | None) -> bool:
-        """Sleep until there is something to do; False when it is to stop."""
+    def _wait_for_work(self, idle: Callable[[], None] | None, sleep_after_s: float | None) -> bool:
+        """Wait until there is something to do, and something to do it with; False when it is to stop."""
+        until_asleep_s = math.inf if sleep_after_s is None else sleep_after_s
         while True:
+            timeout_s = min(math.inf if idle is None else IDLE_INTERVAL_S, until_asleep_s)
             with self._wake:
                 has_work = self._wake.wait_for(
                     lambda: self._is_stopping or self._is_stale or self._scheduler.has_work,
-                    timeout=None if idle is None else IDLE_INTERVAL_S,
+                    timeout=None if timeout_s == math.inf else timeout_s,
                 )
                 if has_work:
-                    return not self._is_stopping
+                    wakes = self._is_asleep and self._scheduler.has_work and not self._is_stopping
+                    if wakes:
+                        self._is_asleep = False
+                    break
+            until_asleep_s -= timeout_s
             if idle is not None:
                 idle()
+            if until_asleep_s <= 0:
+                self._fall_asleep()
+                until_asleep_s = math.inf
+        if wakes:
+            self._executor.wake()
+        return not self._is_stopping
+
+    def _fall_asleep(self) -> None:
+        with self._wake:
+            if self._is_asleep or self._scheduler.has_work:  # a request has come meanwhile
+                return
+            copies = self._scheduler.pool.evict_all()
+            self._is_asleep = self._is_stale = True
+        self._executor.sleep(copies)
 
     def _close(self) -> StepFrame:
         with self._wake:
@@ -241,6 +268,7 @@ class Engine:
             max_step_tokens=self._scheduler.limits.max_step_tokens,
             max_num_seqs=self._scheduler.limits.max_num_seqs,
             draining=self._is_draining,
+            asleep=self._is_asleep,
         )
 
     def _next_step_ms(self, report: ReplicaLoad) -> float:
@@ -287,4 +315,5 @@ class Engine:
             num_preemptions=step.num_preemptions,
             prefix_hit_tokens=step.prefix_hit_tokens,
             prefix_query_tokens=step.prefix_query_tokens,
+            host_hit_tokens=step.host_hit_tokens,
         )

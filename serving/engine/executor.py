@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from serving.config import MockEngineConfig
 from serving.engine.machine import Machine
-from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.plan import BlockCopies, SamplingBatch, StepPlan
 from serving.model_spec import ModelSpec
 
 DTypeName = Literal["float32", "bfloat16", "float16", "int8", "int4", "float8"]
@@ -33,7 +33,8 @@ class ExecutorOptions:
     """What a rank is told at its start.
 
     `kv_blocks` sets the pool's size; without it the pool takes measured free memory, at most
-    `kv_memory_bytes` a rank (None: 1 GiB on CPU, no limit on CUDA). `rendezvous` is rank 0's
+    `kv_memory_bytes` a rank (None: 1 GiB on CPU, no limit on CUDA). A rank keeps what is evicted from
+    it in `host_kv_bytes` of host memory (None: nothing is kept). `rendezvous` is rank 0's
     "host:port", needed when `world_size` > 1.
     """
 
@@ -45,12 +46,14 @@ class ExecutorOptions:
     block_tokens: int = 16
     kv_blocks: int | None = None
     kv_memory_bytes: int | None = None
+    host_kv_bytes: int | None = None
     max_step_tokens: int = 512  # the widest step: memory is kept for its activations
     max_num_seqs: int = 64  # and for the logits of so many sequences
     rank: int = 0
     world_size: int = 1
     rendezvous: str | None = None
     num_threads: int = 1
+    sleeps: bool = False  # `sleep` may be called: host memory is kept for the weights
     mock: MockEngineConfig | None = None  # for `mock_executor` alone
 
     @property
@@ -91,6 +94,11 @@ class Executor(Protocol):
         ...
 
     @property
+    def num_host_blocks(self) -> int:
+        """Blocks that host memory holds besides, the same on every rank; 0: there is no second tier."""
+        ...
+
+    @property
     def bytes_per_weight(self) -> float:
         """What a step reads of memory for each of the model's weights, on average."""
         ...
@@ -105,10 +113,21 @@ class Executor(Protocol):
         ...
 
     def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Launched:
-        """Run the model over `plan` and draw one token a wanted row, after all steps launched before.
+        """Do `plan`'s copies, run the model and draw one token a wanted row, after all steps launched before.
 
         Where it runs ahead, a token id -1 - i in `plan` stands for the i-th one that the launch before draws.
         """
+        ...
+
+    def sleep(self, copies: BlockCopies) -> None:
+        """Do `copies`, then give the device's memory back: weights, KV pool, all but the host's blocks.
+
+        No step may be on its way; until `wake` none may come.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Have it all again; the KV pool's content is undefined. Raises ConfigError where memory is gone."""
         ...
 
     def close(self) -> None:

@@ -45,13 +45,19 @@ class Holdings:
         self.hold_prefix(sequence)
 
     def hold_prefix(self, sequence: Sequence) -> None:
-        """Take what more of the prefix is cached; it counts as computed."""
+        """Take what more of the prefix is in the pool; it counts as computed."""
         matched = self.pool.match(sequence.matchable_hashes())
-        if matched:
-            self.pool.acquire(matched)
-            self._extend(sequence, matched)
-            sequence.num_registered = len(sequence.block_table)
-            sequence.num_computed = len(sequence.block_table) * self.pool.block_tokens
+        self.pool.acquire(matched)
+        self._take_prefix(sequence, matched)
+
+    def bring_prefix(self, sequence: Sequence) -> None:
+        """Take what more of the prefix is cached, in host memory too; the coming step has it computed.
+
+        That takes blocks, fewer than it has known tokens for: the caller makes room first.
+        """
+        blocks, num_fetched = self.pool.bring(sequence.matchable_hashes())
+        sequence.fetched_tokens = num_fetched * self.pool.block_tokens
+        self._take_prefix(sequence, blocks)
 
     def allocate(self, sequence: Sequence, count: int) -> None:
         self._extend(sequence, self.pool.allocate(count))
@@ -89,6 +95,12 @@ class Holdings:
             assert sequence.num_computed <= len(sequence.block_table) * self.pool.block_tokens
             readers.update(sequence.block_table)
         assert all(self.pool.num_readers(block) == readers[block] for block in range(self.pool.num_blocks))
+
+    def _take_prefix(self, sequence: Sequence, blocks: list[int]) -> None:
+        if blocks:
+            self._extend(sequence, blocks)
+            sequence.num_registered = len(sequence.block_table)
+            sequence.num_computed = len(sequence.block_table) * self.pool.block_tokens
 
     def _extend(self, sequence: Sequence, blocks: list[int]) -> None:
         self.outstanding_blocks -= sequence.outstanding_blocks

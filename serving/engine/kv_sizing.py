@@ -3,7 +3,7 @@
     activations = n · (4·d + (H + 2·Hkv)·hd + 3·f) · 4 bytes        of the widest step, one layer at a time;
                                                                     with experts, k·d more: their results
     logits      = 4 · S · V · 4 bytes                               drawn from by copies: sorted, summed
-    usable      = free after loading the weights - activations - logits - graphs - 2 % of what is free
+    usable      = free after loading - activations - logits - graphs - staging - 2 % of what is free
     blocks      = min(usable, limit) / bytes a block
 
 with n tokens and S sequences at most in a step; d, H, Hkv, hd, f, V as in `step_time`.
@@ -46,6 +46,8 @@ class RankMemory:
     logits_bytes: int
     block_bytes: int
     graphs_bytes: int = 0  # on a GPU alone
+    staging_bytes: int = 0  # for blocks on their way to host memory and back
+    host_blocks: int = 0  # that are kept there
     kv_blocks: int | None = None  # so many, or an error
     limit_bytes: int | None = None  # else as many as fit, at most this
 
@@ -56,7 +58,7 @@ class RankMemory:
     @property
     def step_bytes(self) -> int:
         """What steps need besides weights and KV."""
-        return self.activation_bytes + self.logits_bytes + self.graphs_bytes
+        return self.activation_bytes + self.logits_bytes + self.graphs_bytes + self.staging_bytes
 
     @property
     def usable_bytes(self) -> int:
@@ -84,17 +86,30 @@ class KvSizing:
             f"- activations of the widest step          {_mib(memory.activation_bytes):>10}",
             f"- logits and their copies                 {_mib(memory.logits_bytes):>10}",
             *self._graphs_lines(),
+            *self._staging_lines(),
             f"- safety, {SAFETY_SHARE:.0%} of what is free            {_mib(memory.safety_bytes):>10}",
             f"= usable for KV                           {_mib(memory.usable_bytes):>10}",
             f"a block of {block_tokens} tokens                      {memory.block_bytes / 1024:>6.0f} KiB",
             f"blocks that fit the tightest rank         {self.fitting_blocks:>10}",
             f"{self._why():<42}{self.num_blocks:>10}",
             f"= context tokens at a time                {tokens:>10}",
+            *self._host_lines(),
         ]
 
     def _graphs_lines(self) -> list[str]:
         needed = self.memory.graphs_bytes
         return [f"- CUDA graphs, captured when first needed {_mib(needed):>10}"] if needed else []
+
+    def _staging_lines(self) -> list[str]:
+        needed = self.memory.staging_bytes
+        return [f"- blocks on their way to host memory      {_mib(needed):>10}"] if needed else []
+
+    def _host_lines(self) -> list[str]:
+        blocks = self.memory.host_blocks
+        if not blocks:
+            return []
+        why = f"blocks more, in {_mib(blocks * self.memory.block_bytes)} of host memory"
+        return [f"{why:<42}{blocks:>10}"]
 
     def _why(self) -> str:
         memory = self.memory
@@ -103,6 +118,45 @@ class KvSizing:
         if memory.limit_bytes is not None and self.num_blocks < self.fitting_blocks:
             return f"blocks, within the limit of {_mib(memory.limit_bytes)}"
         return "blocks, all that fit"
+
+
+def size_host_tier(limit_bytes: int | None, block_bytes: int, tightest_bytes: int) -> int:
+    """Blocks that each rank keeps in host memory; `tightest_bytes` are free to the rank with the least.
+
+    Raises ConfigError where the limit is more than that, or does not hold one block.
+    """
+    if limit_bytes is None:
+        return 0
+    if limit_bytes > tightest_bytes:
+        raise ConfigError(
+            f"host_kv_bytes: {_mib(limit_bytes)} of host memory are asked for, a rank can have "
+            f"{_mib(tightest_bytes)}; lower it, or free memory"
+        )
+    if limit_bytes < block_bytes:
+        raise ConfigError(
+            f"host_kv_bytes: {limit_bytes} does not hold one KV block of {block_bytes} bytes; raise it"
+        )
+    return limit_bytes // block_bytes
+
+
+def check_can_wake(free_bytes: int, weights_bytes: int, kv_bytes: int, step_bytes: int) -> None:
+    """Raises ConfigError where a rank that gave its device's memory back does not get it again."""
+    needed = weights_bytes + kv_bytes + step_bytes
+    if needed > free_bytes:
+        raise ConfigError(
+            f"sleep_after_s: waking, this rank needs {_mib(needed)} on its device, {_mib(weights_bytes)} "
+            f"for weights and {_mib(kv_bytes)} for KV among them, and {_mib(free_bytes)} are free: something "
+            "else took them meanwhile. Leave sleep_after_s out where others use the device too"
+        )
+
+
+def check_can_sleep(weights_bytes: int, tightest_bytes: int) -> None:
+    """Raises ConfigError where the host cannot hold a rank's weights; `tightest_bytes` are free to each."""
+    if weights_bytes > tightest_bytes:
+        raise ConfigError(
+            f"sleep_after_s: asleep, a rank keeps {_mib(weights_bytes)} of weights in host memory, and can "
+            f"have {_mib(tightest_bytes)}; leave it out, lower host_kv_bytes, or free memory"
+        )
 
 
 def size_pool(memory: RankMemory, tightest_blocks: int) -> KvSizing:

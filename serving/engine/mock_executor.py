@@ -22,7 +22,7 @@ from serving.config import MockEngineConfig
 from serving.engine.executor import Done, ExecutorOptions
 from serving.engine.kv_sizing import DEFAULT_CPU_KV_BYTES
 from serving.engine.machine import Machine
-from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.plan import BlockCopies, SamplingBatch, StepPlan
 from serving.engine.step_time import StepShape, step_flops
 from serving.engine.uniform import uniform
 from serving.errors import ConfigError
@@ -55,6 +55,7 @@ class MockExecutor:
             raise ConfigError(f"engine.mock.token_ids: the model's vocabulary ends at {vocab_size - 1}")
         self.kv_dtype = options.kv_cache_dtype
         self.num_blocks = options.kv_blocks or _blocks_in_memory(options)
+        self.num_host_blocks = (options.host_kv_bytes or 0) // _block_bytes(options)
         self._spec, self._step = options.spec, config.step
         self._token_ids = np.array(token_ids, dtype=np.int32)
         self._end_id = end_ids[0] if end_ids and config.mean_output_tokens is not None else None
@@ -83,6 +84,12 @@ class MockExecutor:
             len(plan.token_ids), int(plan.context_lens.sum()), len(plan.logits_rows), float(pairs)
         )
 
+    def sleep(self, copies: BlockCopies) -> None:
+        """There is nothing to give back."""
+
+    def wake(self) -> None:
+        """Nothing was given back."""
+
     def keep_alive(self) -> None:
         """There is no other rank to keep in touch with."""
 
@@ -99,4 +106,8 @@ class MockExecutor:
 
 def _blocks_in_memory(options: ExecutorOptions) -> int:
     memory = options.kv_memory_bytes or DEFAULT_CPU_KV_BYTES
-    return max(1, memory // (options.spec.kv_bytes_per_token(_VALUE_BYTES) * options.block_tokens))
+    return max(1, memory // _block_bytes(options))
+
+
+def _block_bytes(options: ExecutorOptions) -> int:
+    return options.spec.kv_bytes_per_token(_VALUE_BYTES) * options.block_tokens

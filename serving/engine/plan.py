@@ -18,6 +18,32 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int32]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BlockCopies:
+    """Whole blocks that move between the KV pool and host memory before the step computes: spills first.
+
+    No slot is the target of two spills, no block that of two fetches.
+    """
+
+    spills: Ints  # [n, 2] from a block, to a host slot
+    fetches: Ints  # [m, 2] from a host slot, to a block
+
+    def pack(self) -> Ints:
+        """One flat array `[n, m, ...]`."""
+        counts = np.array([len(self.spills), len(self.fetches)], dtype=np.int32)
+        return np.concatenate((counts, self.spills.reshape(-1), self.fetches.reshape(-1)))
+
+    @classmethod
+    def unpack(cls, flat: Ints) -> BlockCopies:
+        """The copies in `flat`; the inverse of `pack`. Trailing padding is ignored."""
+        spills, fetches = (2 * int(n) for n in flat[:2])
+        pairs = flat[2 : 2 + spills + fetches].reshape(-1, 2)
+        return cls(pairs[: spills // 2], pairs[spills // 2 :])
+
+
+NO_COPIES = BlockCopies(np.empty((0, 2), dtype=np.int32), np.empty((0, 2), dtype=np.int32))
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     token_ids: Ints  # [T]
@@ -27,6 +53,7 @@ class StepPlan:
     context_lens: Ints  # [B]
     block_tables: Ints  # [B, M]; entries past a sequence's blocks are 0 and never read
     logits_rows: Ints  # [S] rows of the T tokens
+    copies: BlockCopies = NO_COPIES
 
     def pack(self) -> Ints:
         """One flat array `[T, B, M, S, ...]`, fit for a single broadcast."""
@@ -42,6 +69,7 @@ class StepPlan:
             self.context_lens,
             self.block_tables.reshape(-1),
             self.logits_rows,
+            self.copies.pack(),
         )
         return np.concatenate((header, *parts))
 
@@ -61,6 +89,7 @@ class StepPlan:
             context_lens=context_lens,
             block_tables=block_tables.reshape(sequences, width),
             logits_rows=logits_rows,
+            copies=BlockCopies.unpack(flat[ends[-1] :]),
         )
 
 

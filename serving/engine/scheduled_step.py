@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
-from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.plan import NO_COPIES, BlockCopies, SamplingBatch, StepPlan
 from serving.engine.sequence import SAMPLING_ROW, Sequence
 
 
@@ -35,6 +35,8 @@ class ScheduledStep:
     num_preemptions: int
     prefix_hit_tokens: int  # of the prompts admitted in this step
     prefix_query_tokens: int
+    host_hit_tokens: int = 0  # of the hits, those that come from host memory
+    copies: BlockCopies = NO_COPIES
 
     def expect(self) -> None:
         """Tell the sequences that they are scheduled. A placeholder -1 - i is the i-th token the step draws:
@@ -86,6 +88,7 @@ def build_plan(step: ScheduledStep, block_tokens: int) -> tuple[StepPlan, Sampli
         context_lens=context_lens,
         block_tables=block_tables,
         logits_rows=query_start[1:][wants_token] - 1,
+        copies=step.copies,
     )
     return plan, _sampling_batch([chunk for chunk in chunks if chunk.wants_token])
 

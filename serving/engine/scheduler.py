@@ -159,12 +159,13 @@ class Scheduler:
                 break
             chunks.append(_chunk(sequence, budget))
             budget -= chunks[-1].num_tokens
-        hits = queries = 0
+        hits = host_hits = queries = 0
         while budget > 0 and (admitted := self._admit_next(limit.max_running)) is not None:
             if admitted.admitted_s is None:
                 admitted.admitted_s = now_s
                 admitted.cached_tokens = admitted.num_computed
                 hits += admitted.num_computed
+                host_hits += admitted.fetched_tokens
                 queries += admitted.num_tokens
             chunks.append(_chunk(admitted, budget))
             budget -= chunks[-1].num_tokens
@@ -172,7 +173,15 @@ class Scheduler:
             assert self._in_flight or not self._live, "live sequences, and no step for them"
             return None
         self._step_number += 1
-        step = ScheduledStep(self._step_number, tuple(chunks), num_preemptions, hits, queries)
+        step = ScheduledStep(
+            self._step_number,
+            tuple(chunks),
+            num_preemptions,
+            hits,
+            queries,
+            host_hits,
+            self.pool.take_copies(),
+        )
         step.expect()
         self._in_flight.append(step)
         return step
@@ -307,7 +316,8 @@ class Scheduler:
         missing = self.pool.blocks_for(head.num_tokens) - len(head.block_table)
         if not self._unpin_waiting(missing + promised, keep=head):
             return None
-        self._holdings.allocate(head, missing)
+        self._holdings.bring_prefix(head)
+        self._holdings.allocate(head, self.pool.blocks_for(head.num_tokens) - len(head.block_table))
         self._waiting.pop(0)
         head.state = SequenceState.RUNNING
         insort(self._running, head, key=_order)

@@ -78,6 +78,7 @@ class Sequence:
     accepted_s: float = 0.0
     admitted_s: float | None = None  # the first time
     cached_tokens: int = 0  # prompt tokens found in the prefix cache when first admitted
+    fetched_tokens: int = 0  # of what was found when last admitted, those that came from host memory
 
     @classmethod
     def from_submit(cls, submit: Submit, block_tokens: int) -> Sequence:

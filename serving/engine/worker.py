@@ -11,6 +11,8 @@ renews it before the group's timeout.
 from __future__ import annotations
 
 import contextlib
+import gc
+import logging
 import socket
 import zlib
 from datetime import timedelta
@@ -30,13 +32,18 @@ from serving.engine.kv_sizing import (
     DEFAULT_CPU_KV_BYTES,
     KvSizing,
     RankMemory,
+    check_can_sleep,
+    check_can_wake,
+    size_host_tier,
     size_pool,
     step_peak_bytes,
 )
+from serving.engine.kv_transfer import Copier, HostKv, PlainCopier, staging_bytes
 from serving.engine.machine import Machine
 from serving.engine.model_runner import ModelRunner, allocate_kv_cache
 from serving.engine.native_runner import NativeRunner, NativeUpgrade, load_native, precision_of
-from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.parked_weights import ParkedWeights
+from serving.engine.plan import BlockCopies, SamplingBatch, StepPlan
 from serving.engine.rank_dtypes import DTYPES, check_dtypes, weight_format, widening_bytes
 from serving.engine.weight_source import source_of
 from serving.errors import ConfigError
@@ -46,8 +53,10 @@ from serving.models.layers import Shard
 from serving.models.llama import Llama
 from serving.models.native_llama import NativeLlama
 
+logger = logging.getLogger(__name__)
+
 _MESSAGE_INTS = 8192
-_KEEP_ALIVE, _PLAN, _STOP = 0, 1, 2
+_KEEP_ALIVE, _PLAN, _STOP, _SLEEP, _WAKE = range(5)
 # A rank waits so long for a message or a sum; rank 0 keeps alive every minute at least.
 _GROUP_TIMEOUT = timedelta(minutes=10)
 
@@ -63,19 +72,20 @@ class Worker:
     def __init__(self, options: ExecutorOptions) -> None:
         _check_split(options)
         check_dtypes(options)
+        self._options = options
         torch.set_num_threads(options.num_threads)
         self._rank, self._world_size = options.rank, options.world_size
         self._device = torch.device(options.device)
         self.kv_dtype = options.kv_cache_dtype
         self._tensor_group = _join(options) if options.world_size > 1 else None
         shard = Shard(options.rank, options.world_size, self._all_reduce)
-        kv_dtype = DTYPES[self.kv_dtype]
+        value_bytes = DTYPES[self.kv_dtype].itemsize
         self.block_bytes = (
-            options.block_tokens * options.spec.kv_bytes_per_token(kv_dtype.itemsize) // options.world_size
+            options.block_tokens * options.spec.kv_bytes_per_token(value_bytes) // options.world_size
         )
         self._dtype = options.dtype if options.device == "cpu" else options.activation_dtype
         self._ranks_here = self._ranks_on_this_machine()
-        precision = precision_of(options)
+        precision = None if options.sleeps else precision_of(options)  # its weights cannot be moved
         library = native.cached() if precision is not None else None
         if not self._least(int(library is not None)):  # on all ranks or on none: they sum one dtype
             library = None
@@ -84,23 +94,20 @@ class Worker:
             model = self._load(options, shard)
         else:
             model = load_native(options, precision, shard, library)
+        host_bytes = self._least(available_memory_bytes() // self._ranks_here)
+        self.num_host_blocks = size_host_tier(options.host_kv_bytes, self.block_bytes, host_bytes)
         self.kv_sizing = self._size_pool(options)
-        dummies = int(self._device.type == "cuda")
-        kv_cache = allocate_kv_cache(
-            model, self.num_blocks + dummies, options.block_tokens, kv_dtype, self._device
-        )
+        self._model = model
+        self._host_kv: HostKv | None = None
         self._upgrade: NativeUpgrade | None = None
         self._runner: ModelRunner | NativeRunner | CudaRunner
-        if isinstance(model, NativeLlama):
-            model.attach(kv_cache, options.num_threads)
-            self._runner = NativeRunner(model)
-        elif self._device.type == "cuda":
-            share = self._share_drawn if options.world_size > 1 else None
-            self._runner = CudaRunner(model, kv_cache, self._limits(options), CudaDevice(self._device), share)
-        else:
-            self._runner = ModelRunner(model, kv_cache)
-            if precision is not None:
-                self._upgrade = NativeUpgrade(options, precision, kv_cache)
+        kv_cache = self._settle()
+        if isinstance(self._runner, ModelRunner) and precision is not None:
+            self._upgrade = NativeUpgrade(options, precision, kv_cache)
+        self._parked: ParkedWeights | None = None
+        if options.sleeps:
+            self._parked = ParkedWeights(model, self._copier())
+            check_can_sleep(self._parked.nbytes, host_bytes - self.num_host_blocks * self.block_bytes)
 
     @property
     def num_blocks(self) -> int:
@@ -126,6 +133,7 @@ class Worker:
     def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Launched:
         """Run `plan` on every rank and draw one token a wanted row; a GPU does so while this returns."""
         self._send(_PLAN, plan.pack())
+        self._move_blocks(plan.copies)
         if self._upgrade is not None and self._upgrade.is_over:
             self._runner = self._upgrade.take() or self._runner
             self._upgrade = None
@@ -136,10 +144,27 @@ class Worker:
 
     def follow(self) -> None:
         """Run what rank 0 plans until it stops. Raises RuntimeError when rank 0 dies."""
-        run = self._runner.follow if isinstance(self._runner, CudaRunner) else self._runner.hidden
         while (message := self._receive())[0] != _STOP:
-            if message[0] == _PLAN:
-                run(StepPlan.unpack(message[1]))
+            kind, payload = message
+            if kind == _PLAN:
+                plan = StepPlan.unpack(payload)
+                self._move_blocks(plan.copies)
+                run = self._runner.follow if isinstance(self._runner, CudaRunner) else self._runner.hidden
+                run(plan)
+            elif kind == _SLEEP:
+                self._fall_asleep(BlockCopies.unpack(payload))
+            elif kind == _WAKE:
+                self._wake_up()
+
+    def sleep(self, copies: BlockCopies) -> None:
+        """Do `copies` on every rank, then give back the devices' memory but for what `wake` needs."""
+        self._send(_SLEEP, copies.pack())
+        self._fall_asleep(copies)
+
+    def wake(self) -> None:
+        """Weights and an empty KV pool on every rank again. Raises ConfigError where memory is gone."""
+        self._send(_WAKE, np.empty(0, dtype=np.int32))
+        self._wake_up()
 
     def keep_alive(self) -> None:
         """Rank 0 calls this at least once a minute while it has nothing to run."""
@@ -155,6 +180,54 @@ class Worker:
         # The group's threads end with its last reference: here, not while the interpreter shuts down.
         self._tensor_group = None
         dist.destroy_process_group()
+
+    def _settle(self) -> torch.Tensor:
+        """A KV pool, and the runner that runs the model over it. Returns the pool."""
+        options, dummies = self._options, int(self._device.type == "cuda")
+        kv_cache = allocate_kv_cache(
+            self._model, self.num_blocks + dummies, options.block_tokens, DTYPES[self.kv_dtype], self._device
+        )
+        if self._host_kv is not None:
+            self._host_kv.attach(kv_cache)
+        elif self.num_host_blocks:
+            self._host_kv = HostKv(kv_cache, self.num_host_blocks, self._copier())
+        if isinstance(self._model, NativeLlama):
+            self._model.attach(kv_cache, options.num_threads)
+            self._runner = NativeRunner(self._model)
+        elif self._device.type == "cuda":
+            device, share = CudaDevice(self._device), self._share_drawn if options.world_size > 1 else None
+            self._runner = CudaRunner(self._model, kv_cache, self._limits(options), device, share)
+        else:
+            self._runner = ModelRunner(self._model, kv_cache)
+        return kv_cache
+
+    def _copier(self) -> Copier:
+        return CudaDevice(self._device) if self._device.type == "cuda" else PlainCopier()
+
+    def _fall_asleep(self, copies: BlockCopies) -> None:
+        assert self._parked is not None, "options.sleeps"
+        self._move_blocks(copies)
+        if self._host_kv is not None:
+            self._host_kv.detach()
+        self._parked.park()  # waits for the copies too
+        del self._runner
+        gc.collect()  # the runner and its graphs hold each other
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        logger.info("asleep: weights of %.0f MiB are in host memory", self._parked.nbytes / 2**20)
+
+    def _wake_up(self) -> None:
+        assert self._parked is not None, "options.sleeps"
+        kv_bytes = self.num_blocks * self.block_bytes
+        needed = self._parked.nbytes, kv_bytes, self.kv_sizing.memory.step_bytes
+        check_can_wake(self._free_bytes(), *needed)
+        self._parked.restore()
+        self._settle()
+        logger.info("awake")
+
+    def _move_blocks(self, copies: BlockCopies) -> None:
+        if self._host_kv is not None:
+            self._host_kv.run(copies)
 
     def _load(self, options: ExecutorOptions, shard: Shard) -> Llama:
         """The model on torch's kernels.
@@ -203,11 +276,18 @@ class Worker:
             limit = DEFAULT_CPU_KV_BYTES
         activations, logits = step_peak_bytes(options.spec, options.max_step_tokens, options.max_num_seqs)
         activations += widening_bytes(options)
+        free_bytes, staging = self._free_bytes(), 0
+        if self.num_host_blocks:
+            staging = staging_bytes(self.block_bytes, self.num_host_blocks)
+            if self._device.type == "cpu":  # both tiers lie in the same memory
+                free_bytes -= self.num_host_blocks * self.block_bytes
         memory = RankMemory(
-            free_bytes=self._free_bytes(),
+            free_bytes=free_bytes,
             activation_bytes=activations,
             logits_bytes=logits,
             graphs_bytes=self._graphs_bytes(options),
+            staging_bytes=staging,
+            host_blocks=self.num_host_blocks,
             block_bytes=self.block_bytes,
             kv_blocks=options.kv_blocks,
             limit_bytes=limit,

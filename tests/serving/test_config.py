@@ -44,6 +44,8 @@ def test_an_unknown_key_is_named_with_its_file_and_path(args, key):
     [
         ({"engine": {"kv_blocks": 0}}, "engine.kv_blocks: "),
         ({"engine": {"device": "tpu"}}, "engine.device: "),
+        ({"engine": {"host_kv_bytes": 0}}, "engine.host_kv_bytes: "),
+        ({"engine": {"sleep_after_s": 60}}, "sleep_after_s: gives a GPU's memory back; leave it out, or set"),
         ({"ingress": {"request_timeout_s": 0}}, "ingress.request_timeout_s: "),
         ({"regions": [{"name": "EU West"}]}, "regions.0.name: "),
         ({"regions": []}, "at least one region"),

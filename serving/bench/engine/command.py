@@ -91,6 +91,9 @@ def engine(
     rehearse: Annotated[
         bool, typer.Option("--rehearse", help="Workloads in tiny: that they run, not how fast.")
     ] = False,
+    host_kv_mib: Annotated[
+        int | None, typer.Option(min=1, help="With --prefix: also of prompts evicted to so much host memory.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write every figure there.")
     ] = None,
@@ -103,7 +106,8 @@ def engine(
     With peers, all are loaded at once and take turns, on the same weights and prompts.
     """
     console = Console()
-    setup = EngineSetup(source=model, threads=threads, kv_dtype=kv_dtype)
+    host_kv_bytes = None if host_kv_mib is None else host_kv_mib << 20
+    setup = EngineSetup(source=model, threads=threads, kv_dtype=kv_dtype, host_kv_bytes=host_kv_bytes)
     dtypes = tuple(part.strip() for part in dtype.split(","))
     with errors_told():
         write_plot = None if plot is None else plotter("serving.bench.engine.plot")
@@ -141,7 +145,9 @@ def engine(
                 results["quality"] = quality.run(setups, console, on_progress=status.update)
             if with_prefix:
                 results["prefix"] = [
-                    prefix.run(replace(setup, dtype=name), console, repeats, status.update) for name in dtypes
+                    result
+                    for name in dtypes
+                    for result in prefix.run(replace(setup, dtype=name), console, repeats, status.update)
                 ]
         if results:
             if json_file is not None:

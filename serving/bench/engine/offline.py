@@ -45,6 +45,7 @@ class EngineSetup:
     random_weights: bool = False
     threads: int | None = None
     kv_blocks: int | None = None
+    host_kv_bytes: int | None = None
     max_num_seqs: int = 64
     max_step_tokens: int = 512
     block_tokens: int = 16
@@ -207,6 +208,7 @@ def load_worker(setup: EngineSetup, files: ModelFiles, spec: ModelSpec) -> Worke
         device=setup.device,
         block_tokens=setup.block_tokens,
         kv_blocks=setup.kv_blocks,
+        host_kv_bytes=setup.host_kv_bytes,
         max_step_tokens=setup.max_step_tokens,
         max_num_seqs=setup.max_num_seqs,
         num_threads=setup.threads or available_cores(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from serving.engine.executor import Launched
 from serving.engine.machine import Machine
-from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.plan import BlockCopies, SamplingBatch, StepPlan
 from serving.engine.worker import Worker
 
 
@@ -25,6 +25,10 @@ class TimedExecutor:
         return self._worker.num_blocks
 
     @property
+    def num_host_blocks(self) -> int:
+        return self._worker.num_host_blocks
+
+    @property
     def bytes_per_weight(self) -> float:
         return self._worker.bytes_per_weight
 
@@ -37,6 +41,12 @@ class TimedExecutor:
 
     def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Launched:
         return self._worker.launch(plan, sampling)
+
+    def sleep(self, copies: BlockCopies) -> None:
+        self._worker.sleep(copies)
+
+    def wake(self) -> None:
+        self._worker.wake()
 
     def close(self) -> None:
         self._worker.close()

@@ -12,7 +12,7 @@ import msgspec
 
 from cluster.load import StepCoefficients
 from serving.engine.executor import Done, Executor
-from serving.engine.plan import SamplingBatch, StepPlan
+from serving.engine.plan import BlockCopies, SamplingBatch, StepPlan
 from serving.engine.step_time import StepShape, StepTimeModel
 from serving.model_spec import ModelSpec
 
@@ -84,6 +84,10 @@ class ScriptedExecutor:
         return self._executor.num_blocks
 
     @property
+    def num_host_blocks(self) -> int:
+        return self._executor.num_host_blocks
+
+    @property
     def bytes_per_weight(self) -> float:
         return self._executor.bytes_per_weight
 
@@ -100,6 +104,12 @@ class ScriptedExecutor:
                 script = self._replies[seed]
                 drawn[row] = script.token_ids[position - script.prompt_tokens]
         return Done(drawn)
+
+    def sleep(self, copies: BlockCopies) -> None:
+        self._executor.sleep(copies)
+
+    def wake(self) -> None:
+        self._executor.wake()
 
     def close(self) -> None:
         self._executor.close()

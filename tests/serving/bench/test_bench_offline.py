@@ -1,5 +1,7 @@
 """The engine under test: runs, their records, and how far one dtype is from another."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors import safe_open
@@ -127,6 +129,22 @@ def test_cached_prompts_start_sooner(tiny):
     found = prefix.measure(tiny, take, prompt_tokens=200, repeats=2)
     assert found.cached_tokens == 176
     assert found.ratio == found.cached_ttft_ms / found.cold_ttft_ms > 0
+
+
+def test_evicted_prompts_come_back_from_host_memory(folder):
+    """In a pool for one prompt another one evicts it; with host memory nine tenths are still cached, and
+    without it the measure says that they are not."""
+    drawn = np.random.default_rng(6)
+
+    def take(num_tokens: int) -> tuple[int, ...]:
+        return tuple(drawn.integers(0, VOCAB_SIZE, num_tokens).tolist())
+
+    setup = EngineSetup(str(folder), "float32", threads=1, kv_blocks=14, block_tokens=BLOCK_TOKENS)
+    with EngineUnderTest(replace(setup, host_kv_bytes=64 << 20)) as under_test:
+        found = prefix.measure(under_test, take, prompt_tokens=200, repeats=1)
+    assert found.is_in_host_memory and found.cached_tokens == 176
+    with EngineUnderTest(setup) as under_test, pytest.raises(ConfigError, match="or host_kv_bytes"):
+        prefix.measure(under_test, take, prompt_tokens=200, repeats=1)
 
 
 def test_prompts_never_share_a_block():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from serving.engine.block_pool import BlockPool
 from serving.engine.executor import Done
 from serving.engine.growth import OutputGrowth
+from serving.engine.host_tier import HostTier
 from serving.engine.scheduled_step import ScheduledStep, build_plan
 from serving.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerLimits
 from serving.engine.sequence import Sequence, SequenceState
@@ -77,6 +78,7 @@ class Harness:
     max_num_seqs: int = 8
     max_step_tokens: int = 16
     max_context_tokens: int = 1000
+    host_blocks: int = 0
     foresees: bool = False  # else it admits whatever fits now, so that small cases come under pressure
     is_poisoned: Callable[[tuple[int, ...]], bool] = lambda token_ids: False
     runs_ahead: bool = False  # else a step ends before the next begins
@@ -90,11 +92,17 @@ class Harness:
 
     def __post_init__(self) -> None:
         limits = SchedulerLimits(self.max_num_seqs, self.max_step_tokens, self.max_context_tokens)
-        self.pool = BlockPool(self.num_blocks, self.block_tokens)
+        host = HostTier(self.host_blocks) if self.host_blocks else None
+        self.pool = BlockPool(self.num_blocks, self.block_tokens, host)
         foresight = OutputGrowth if self.foresees else Blind
         self.scheduler = Scheduler(self.pool, limits, foresight(self.pool, self.max_context_tokens))
         self.executor = FakeExecutor(
-            self.num_blocks, self.block_tokens, VOCAB_SIZE, self.is_poisoned, self.runs_ahead
+            self.num_blocks,
+            self.block_tokens,
+            VOCAB_SIZE,
+            self.is_poisoned,
+            self.runs_ahead,
+            self.host_blocks,
         )
 
     def submit(self, submit: Submit) -> SubmitReply:

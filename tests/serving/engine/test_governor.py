@@ -33,6 +33,7 @@ class SimulatedMachine:
     step_ms: list[float] = field(default_factory=list)
 
     bytes_per_weight = 2.0
+    num_host_blocks = 0
     runs_ahead = False
 
     def launch(self, plan, sampling):

@@ -1,6 +1,6 @@
 """The native forward pass against the torch one, on random models of odd shapes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def load(folder, precision: str, block_tokens: int = 16) -> Pair:
 
 def all_rows(plan: StepPlan) -> StepPlan:
     rows = np.arange(len(plan.token_ids), dtype=np.int32)
-    return StepPlan(*(getattr(plan, name) for name in plan.__slots__[:-1]), logits_rows=rows)
+    return replace(plan, logits_rows=rows)
 
 
 def random_tokens(count: int, seed: int = 1) -> list[int]:
