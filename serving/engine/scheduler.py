@@ -383,7 +383,7 @@ class Scheduler:
         if token_id is None:
             return None
         sequence.learn(token_id)
-        times = sequence.times(now_s) if sequence.num_known == sequence.prompt_tokens + 1 else None
+        times = sequence.times(now_s) if sequence.num_outputs == 1 else None
         reason: FinishReason | None = None
         if token_id in sequence.sampling.stop_token_ids:
             reason = "stop"

@@ -109,7 +109,8 @@ class Sequence:
 
     @property
     def num_outputs(self) -> int:
-        return len(self.token_ids) - self.prompt_tokens
+        """Known ones."""
+        return self.num_known - self.prompt_tokens
 
     @property
     def num_known(self) -> int:

@@ -163,7 +163,6 @@ def outlook_of(replica: SimulatedReplica, now: float) -> tuple[Outlook, set[str]
     """The replica when the step under way ends, and the ids of the requests it has."""
     scheduler, spec = replica.scheduler, replica.spec
     chunks, ends_s = replica.step_under_way()
-    end_of = {id(chunk.sequence): chunk for chunk in chunks or ()}
     outlook = Outlook(
         step=spec.step,
         block_tokens=scheduler.pool.block_tokens,
@@ -175,11 +174,8 @@ def outlook_of(replica: SimulatedReplica, now: float) -> tuple[Outlook, set[str]
     ids = set()
     for sequence in live_sequences(replica):
         ids.add(str(sequence.number))
-        chunk = end_of.get(id(sequence))
-        tokens, computed = sequence.num_tokens, sequence.num_computed
-        if chunk is not None:
-            tokens, computed = tokens + chunk.wants_token, chunk.end
-        elif chunks is None and sequence.state is SequenceState.RUNNING:
+        tokens, computed = sequence.num_tokens, sequence.num_computed  # what the step does is in them
+        if chunks is None and sequence.state is SequenceState.RUNNING:
             tokens, computed = tokens + 1, tokens
         left = min(sequence.end_tokens, sequence.most_tokens) - tokens
         held = len(sequence.block_table)
