@@ -14,8 +14,8 @@ from kernels import machine as machine_measure
 from kernels.cpu import library
 from serving.bench.engine.offline import BenchRequest, EngineSetup, EngineUnderTest
 from serving.config import parse_config
+from serving.engine.limits import SchedulerLimits
 from serving.engine.machine import Machine
-from serving.engine.scheduler import SchedulerLimits
 from serving.host import Finding, findings, read_host
 from serving.messages import StepStats
 

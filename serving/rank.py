@@ -23,7 +23,7 @@ from serving.config import EngineConfig, ModelConfig
 from serving.engine.assembly import build_engine
 from serving.engine.engine import Engine, EngineIdentity
 from serving.engine.executor import ExecutorOptions
-from serving.engine.scheduler import SchedulerLimits
+from serving.engine.limits import SchedulerLimits
 from serving.errors import ConfigError
 from serving.messages import StepFrame, Submit, decode, encode
 from serving.model_files import resolve

@@ -10,8 +10,9 @@ from serving.engine.engine import Engine, EngineIdentity
 from serving.engine.executor import Executor
 from serving.engine.governor import Governor
 from serving.engine.host_tier import HostTier
+from serving.engine.limits import SchedulerLimits
 from serving.engine.machine import Machine
-from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.scheduler import Scheduler
 from serving.engine.step_time import StepTimeModel
 from serving.model_spec import ModelSpec
 

@@ -20,6 +20,15 @@ class Chunk(msgspec.Struct, frozen=True, eq=False):
     is_decode: bool
     wants_token: bool  # it reaches the sequence's last token, so a next one is drawn
 
+    @classmethod
+    def next_of(cls, sequence: Sequence, budget: int) -> Chunk:
+        """What of the sequence is to be computed next, at most `budget` tokens."""
+        start, num_uncomputed = sequence.num_computed, sequence.num_uncomputed
+        if num_uncomputed == 1:
+            return cls(sequence, start, 1, start >= sequence.prompt_tokens, True)
+        num_tokens = min(budget, num_uncomputed)
+        return cls(sequence, start, num_tokens, False, num_tokens == num_uncomputed)
+
     @property
     def end(self) -> int:
         """The sequence's context length after the chunk."""

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
-from dataclasses import dataclass
 
 import msgspec
 import numpy as np
@@ -36,22 +35,13 @@ from serving.engine.block_pool import BlockPool
 from serving.engine.governor import StepBudget
 from serving.engine.growth import OutputGrowth
 from serving.engine.holdings import Holdings
+from serving.engine.limits import SchedulerLimits
 from serving.engine.scheduled_step import Chunk, ScheduledStep
 from serving.engine.sequence import Sequence, SequenceState
 from serving.messages import Accepted, FinishReason, Refused, SequenceDelta, SubmitReply
 
 NOT_FINITE = "the model's logits were not finite"
 MAX_IN_FLIGHT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    max_num_seqs: int
-    max_step_tokens: int
-    max_context_tokens: int
-
-    def __post_init__(self) -> None:
-        assert min(self.max_num_seqs, self.max_step_tokens, self.max_context_tokens) > 0
 
 
 class LoadFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -101,7 +91,9 @@ class Scheduler:
 
     def reserve(self, sequence: Sequence, now_s: float) -> SubmitReply:
         """Accept `sequence` and queue it, or refuse it. Accepted ones finish exactly once."""
-        why = self._never(sequence)
+        why = self.limits.why_never(sequence.num_tokens, self.pool)
+        if sequence.request_id in self._live or sequence.request_id in self._ends:
+            why = "duplicate request id"
         if why is not None:
             return self._refused(sequence, why, permanent=True)
         cost, headroom = self._holdings.cost_blocks(sequence), self._headroom_blocks
@@ -115,7 +107,7 @@ class Scheduler:
         self._last_arrival += 1
         sequence.arrival = self._last_arrival
         sequence.accepted_s = now_s
-        sequence.most_tokens = self._most_tokens(sequence)
+        sequence.most_tokens = self.limits.most_tokens(sequence, self.pool)
         self._live[sequence.request_id] = sequence
         self._holdings.open(sequence)
         insort(self._waiting, sequence, key=_order)
@@ -157,7 +149,7 @@ class Scheduler:
         for sequence in self._decodes_first():
             if budget == 0:
                 break
-            chunks.append(_chunk(sequence, budget))
+            chunks.append(Chunk.next_of(sequence, budget))
             budget -= chunks[-1].num_tokens
         hits = host_hits = queries = 0
         while budget > 0 and (admitted := self._admit_next(limit.max_running)) is not None:
@@ -167,7 +159,7 @@ class Scheduler:
                 hits += admitted.num_computed
                 host_hits += admitted.fetched_tokens
                 queries += admitted.num_tokens
-            chunks.append(_chunk(admitted, budget))
+            chunks.append(Chunk.next_of(admitted, budget))
             budget -= chunks[-1].num_tokens
         if not chunks:
             assert self._in_flight or not self._live, "live sequences, and no step for them"
@@ -265,19 +257,6 @@ class Scheduler:
         return decodes + prefills
 
     # ---- admission ------------------------------------------------------------------------------
-
-    def _never(self, sequence: Sequence) -> str | None:
-        """Why this request can never run here, if so."""
-        tokens, limits = sequence.num_tokens, self.limits
-        if tokens == 0:
-            return "the prompt is empty"
-        if sequence.request_id in self._live or sequence.request_id in self._ends:
-            return "duplicate request id"
-        if tokens + 1 > limits.max_context_tokens:
-            return f"{tokens} prompt tokens leave no room in a context of {limits.max_context_tokens}"
-        if self.pool.blocks_for(tokens + 1) > self.pool.num_blocks:
-            return f"{tokens} prompt tokens are more than {self.pool.num_blocks} blocks can hold"
-        return None
 
     def _refused(
         self, sequence: Sequence, why: str, *, permanent: bool = False, is_busy: bool = False
@@ -402,14 +381,6 @@ class Scheduler:
             if waiting.block_table:
                 self._holdings.drop(waiting)
 
-    def _most_tokens(self, sequence: Sequence) -> int:
-        """With so many tokens it has all it asked for, or fills context or pool (the last needs no slot)."""
-        return min(
-            sequence.prompt_tokens + sequence.sampling.max_tokens,
-            self.limits.max_context_tokens,
-            self.pool.num_blocks * self.pool.block_tokens + 1,
-        )
-
     def _finish(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> SequenceDelta:
         sequence.forget_pending()
         self._holdings.close(sequence)
@@ -432,11 +403,3 @@ def _order(sequence: Sequence) -> tuple[int, int]:
 
 def _remove(queue: list[Sequence], sequence: Sequence) -> None:
     del queue[bisect_left(queue, sequence.order, key=_order)]
-
-
-def _chunk(sequence: Sequence, budget: int) -> Chunk:
-    start, num_uncomputed = sequence.num_computed, sequence.num_uncomputed
-    if num_uncomputed == 1:
-        return Chunk(sequence, start, 1, start >= sequence.prompt_tokens, True)
-    num_tokens = min(budget, num_uncomputed)
-    return Chunk(sequence, start, num_tokens, False, num_tokens == num_uncomputed)

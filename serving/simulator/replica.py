@@ -14,8 +14,8 @@ import numpy as np
 
 from cluster.load import ReplicaLoad
 from serving.engine.block_pool import BlockPool
+from serving.engine.limits import SchedulerLimits
 from serving.engine.scheduled_step import Chunk, ScheduledStep
-from serving.engine.scheduler import SchedulerLimits
 from serving.engine.sequence import Sequence
 from serving.engine.step_time import StepShape
 from serving.messages import BlockEvents, BlockSnapshot, FinishReason, SubmitReply

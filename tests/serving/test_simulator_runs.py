@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from serving.engine.block_pool import BlockPool
 from serving.engine.growth import OutputGrowth
-from serving.engine.scheduler import SchedulerLimits
+from serving.engine.limits import SchedulerLimits
 from serving.engine.step_time import StepShape
 from serving.simulator.engine import SimScheduler, SimSequence
 from tests.serving.simulator_cases import STEP, a_request

@@ -19,9 +19,9 @@ from serving.config import parse_config
 from serving.engine.assembly import build_engine
 from serving.engine.engine import Engine, EngineIdentity
 from serving.engine.executor import Executor, ExecutorOptions, KvDTypeName, RandomWeights
+from serving.engine.limits import SchedulerLimits
 from serving.engine.machine import Machine
 from serving.engine.native_runner import precision_of
-from serving.engine.scheduler import SchedulerLimits
 from serving.engine.worker import Worker
 from serving.errors import ConfigError
 from serving.messages import Refused, SamplingParams, StepFrame, StepStats, Submit

@@ -31,7 +31,8 @@ from serving.bench.engine.pressure_replay import (
     replay,
 )
 from serving.engine.block_pool import BlockPool
-from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.limits import SchedulerLimits
+from serving.engine.scheduler import Scheduler
 from serving.engine.step_time import StepTimeModel
 
 LEAST_OF_ORACLE = 0.85

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from serving.bench.engine.offline import BenchRequest, EngineSetup, EngineUnderTest, RunRecord
 from serving.engine.engine import Engine
-from serving.engine.scheduler import SchedulerLimits
+from serving.engine.limits import SchedulerLimits
 
 CAPS = (64, 48, 32, 24, 16, 8, 4, 2, 1)
 SMALL_STEP_TOKENS = 128

@@ -23,7 +23,8 @@ from serving.bench.router.calibration_pipe import Pipe
 from serving.engine.block_pool import BlockPool
 from serving.engine.engine import Engine, EngineIdentity
 from serving.engine.executor import Executor
-from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.limits import SchedulerLimits
+from serving.engine.scheduler import Scheduler
 from serving.load_reporter import LoadReporter
 from serving.messages import BlockSnapshot, SequenceDelta, StepFrame, Submit, decode, encode
 from serving.model_files import resolve

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from serving.bench.engine import peer_weights, prefix, quality
 from serving.bench.engine.offline import BenchRequest, EngineSetup, EngineUnderTest
 from serving.bench.engine.prompts import Windows, instructions
-from serving.engine.scheduler import SchedulerLimits
+from serving.engine.limits import SchedulerLimits
 from serving.errors import ConfigError
 from serving.model_spec import read_model_spec
 from tests.serving.engine.step_plans import generate

@@ -11,8 +11,9 @@ from serving.engine.block_pool import BlockPool
 from serving.engine.executor import Done
 from serving.engine.growth import OutputGrowth
 from serving.engine.host_tier import HostTier
+from serving.engine.limits import SchedulerLimits
 from serving.engine.scheduled_step import ScheduledStep, build_plan
-from serving.engine.scheduler import MAX_IN_FLIGHT, Scheduler, SchedulerLimits
+from serving.engine.scheduler import MAX_IN_FLIGHT, Scheduler
 from serving.engine.sequence import Sequence, SequenceState
 from serving.messages import Accepted, SamplingParams, SequenceDelta, Submit, SubmitReply
 from tests.fakes import FakeExecutor, fake_next_token

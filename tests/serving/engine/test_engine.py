@@ -7,7 +7,8 @@ import pytest
 from serving.engine import engine as engine_module
 from serving.engine.block_pool import BlockPool
 from serving.engine.engine import Engine, EngineIdentity
-from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.limits import SchedulerLimits
+from serving.engine.scheduler import Scheduler
 from serving.engine.step_time import StepShape, StepTimeModel
 from serving.messages import Accepted, Refused, StepFrame, decode, encode
 from tests.fakes import FakeExecutor

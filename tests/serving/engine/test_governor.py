@@ -14,7 +14,7 @@ from serving.engine.assembly import build_engine
 from serving.engine.engine import EngineIdentity
 from serving.engine.executor import Done
 from serving.engine.governor import MIN_PREFILL_TOKENS, Governor, RunningLoad, StepBudget
-from serving.engine.scheduler import SchedulerLimits
+from serving.engine.limits import SchedulerLimits
 from tests.serving.engine.harness import Harness, request
 from tests.serving.engine.test_step_time import SMOLLM2
 

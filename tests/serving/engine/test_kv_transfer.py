@@ -12,8 +12,8 @@ from serving.engine.assembly import build_engine
 from serving.engine.engine import EngineIdentity
 from serving.engine.executor import ExecutorOptions
 from serving.engine.kv_transfer import HostKv, PlainCopier
+from serving.engine.limits import SchedulerLimits
 from serving.engine.plan import BlockCopies
-from serving.engine.scheduler import SchedulerLimits
 from serving.engine.worker import Worker
 from serving.errors import ConfigError
 from serving.model_spec import read_model_spec

@@ -12,9 +12,9 @@ from serving.config import MockEngineConfig, parse_config
 from serving.engine.assembly import build_engine
 from serving.engine.engine import EngineIdentity
 from serving.engine.executor import ExecutorOptions
+from serving.engine.limits import SchedulerLimits
 from serving.engine.mock_executor import COMMON_TOKENS, MockExecutor
 from serving.engine.plan import SamplingBatch
-from serving.engine.scheduler import SchedulerLimits
 from serving.engine.step_time import StepShape
 from serving.errors import ConfigError
 from serving.messages import Accepted, Refused

@@ -13,9 +13,10 @@ from serving.engine.executor import ExecutorOptions
 from serving.engine.host_tier import HostTier
 from serving.engine.kv_sizing import check_can_sleep, check_can_wake
 from serving.engine.kv_transfer import PlainCopier
+from serving.engine.limits import SchedulerLimits
 from serving.engine.parked_weights import ParkedWeights, tensors_of
 from serving.engine.plan import NO_COPIES
-from serving.engine.scheduler import Scheduler, SchedulerLimits
+from serving.engine.scheduler import Scheduler
 from serving.engine.step_time import StepTimeModel
 from serving.engine.worker import Worker
 from serving.errors import ConfigError
