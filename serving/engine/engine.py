@@ -293,7 +293,7 @@ class Engine:
         shape = StepShape.of(step)
         predicted_ms = self._step_time.predict_ms(shape)
         step_ms = (finished_s - max(flight.started_s, self._last_finished_s)) * 1e3
-        if step_ms > 0:  # a coarse clock may not have moved
+        if step_ms > 0 and not step.copies:  # a coarse clock may not have moved; copies are no part of it
             self._step_time.observe(shape, step_ms)
         if self._governor is not None and step.decode_tokens:  # then there was a step just before
             self._governor.observe((finished_s - self._last_finished_s) * 1e3, predicted_ms)

@@ -28,6 +28,9 @@ class BlockCopies:
     spills: Ints  # [n, 2] from a block, to a host slot
     fetches: Ints  # [m, 2] from a host slot, to a block
 
+    def __bool__(self) -> bool:
+        return len(self.spills) + len(self.fetches) > 0
+
     def pack(self) -> Ints:
         """One flat array `[n, m, ...]`."""
         counts = np.array([len(self.spills), len(self.fetches)], dtype=np.int32)
