@@ -165,11 +165,11 @@ def paged_attention_reference(
         start, end = int(query_start[b]), int(query_start[b + 1])
         for t in range(start, end):
             after = context - (end - start) + (t - start) + 1
-            seen = range(max(0, after - window) if window else 0, after)
-            places = [(int(block_tables[b, j // block_tokens]), j % block_tokens) for j in seen]
+            seen = np.arange(max(0, after - window) if window else 0, after)
+            block = torch.from_numpy(block_tables[b, seen // block_tokens]).long()
+            at = torch.from_numpy(seen % block_tokens)
             for h in range(query.shape[1]):
-                keys = torch.stack([cache[0, block, h // group, at] for block, at in places]).double()
-                values = torch.stack([cache[1, block, h // group, at] for block, at in places]).double()
+                keys, values = cache[:, block, h // group, at].double()
                 scores = keys @ query[t, h].double() / query.shape[2] ** 0.5
                 out[t, h] = (scores.softmax(dim=0) @ values).to(query.dtype)
     return out

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from kernels.bench import run
@@ -42,6 +43,9 @@ def bench(
     capability: Annotated[
         list[int] | None, typer.Option(help="With --compile, for these: 80, 90, 100. Default: all.")
     ] = None,
+    one_each: Annotated[
+        bool, typer.Option("--one-each", help="With --compile: one variant of each kernel.")
+    ] = False,
     processes: Annotated[int, typer.Option(min=1, help="With --compile, at once.")] = 2,
     json_file: Annotated[
         Path | None, typer.Option("--json", dir_okay=False, help="Write every figure there.")
@@ -50,7 +54,10 @@ def bench(
     """Every kernel beside the best library on this GPU; or, without one, --compile and --rehearse."""
     console = Console() if Console().is_terminal else Console(width=_WIDTH)
     if compile_only:
-        passed = _compile(only or [], capability or [], processes, json_file, console)
+        # Before the kernels are imported: were they imported for the interpreter, there were no code.
+        os.environ.pop("TRITON_INTERPRET", None)
+        wanted = ahead.tasks(only or [], capability or [], one_each=one_each)
+        passed = _compile(wanted, processes, json_file, console)
     elif rehearse or torch.cuda.is_available():
         passed = _measure(only or list(FAMILIES), rehearse, json_file, console)
     else:
@@ -60,12 +67,7 @@ def bench(
         raise typer.Exit(1)
 
 
-def _compile(
-    only: list[str], capabilities: list[int], processes: int, json_file: Path | None, console: Console
-) -> bool:
-    # The kernels are about to be imported, and were they imported for the interpreter, there were no code.
-    os.environ.pop("TRITON_INTERPRET", None)
-    wanted = ahead.tasks(only, capabilities)
+def _compile(wanted: list[ahead.Task], processes: int, json_file: Path | None, console: Console) -> bool:
     results = ahead.compile_all(wanted, processes)
     errors = Console(stderr=True)
     compiled = list(track(results, "compiling", len(wanted), console=errors, transient=True))
@@ -79,12 +81,10 @@ def _measure(families: list[str], tiny: bool, json_file: Path | None, console: C
         raise typer.BadParameter(
             f"no such family: {', '.join(sorted(unknown))}; there are {', '.join(FAMILIES)}"
         )
-    ceilings: Ceilings | None = None
-    if not tiny:
-        ceilings = run.measure_ceilings()
-        print_ceilings(ceilings, console)
+    ceilings = None if tiny else _ceilings(console)
     report: dict[str, Any] = {
-        "torch": torch.__version__,
+        **run.provenance(),
+        "rehearsed": tiny,
         "ceilings": asdict(ceilings) if ceilings else None,
         "cases": [],
     }
@@ -99,6 +99,16 @@ def _measure(families: list[str], tiny: bool, json_file: Path | None, console: C
         for family, results in itertools.groupby(found[before:], key=lambda one: one.family):
             print_family(family, results, ceilings, console)
     return all(isinstance(one, Measured) and one.right for one in found)
+
+
+def _ceilings(console: Console) -> Ceilings | None:
+    try:
+        ceilings = run.measure_ceilings()
+    except ChildProcessError as error:  # times are worth having without shares, too
+        console.print(f"[bold red]no ceilings[/]: {escape(str(error))}")
+        return None
+    print_ceilings(ceilings, console)
+    return ceilings
 
 
 def _write(json_file: Path | None, report: dict[str, Any]) -> None:

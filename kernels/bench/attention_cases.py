@@ -1,4 +1,4 @@
-"""Paged attention at the targets' shapes; the peers are given contiguous keys, which is easier."""
+"""Paged attention at the targets' shapes; most peers are given contiguous keys, which is easier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 from kernels.bench.case import Bound, Case, Peer, Place, nbytes
 from kernels.dispatch import forced
@@ -23,7 +24,8 @@ _DECODES = ((1, 262_144), (8, 32_768), (32, 8192), (256, 1024))  # sequences, co
 # (cached, new) tokens of each sequence
 _PREFILLS = (((0, 8192),), ((0, 2048),) * 4, ((6144, 2048),), ((30_720, 2048),))
 _SAMPLE = 16  # rows that are computed in float64
-_VARLEN_PARAMETERS = inspect.signature(varlen.varlen_attn).parameters
+_VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters
+_PEER_BLOCK_TOKENS = 256  # FlashAttention-2 takes multiples of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +42,9 @@ class _Step:
         """Keys and values [context, K, D] of a sequence."""
         context = sum(self.spans[b])
         blocks = self.tables[b, : -(-context // _BLOCK_TOKENS)].long()
-        keys, values = self.cache[:, blocks].transpose(2, 3).flatten(1, 2)[:, :context]
+        # As bytes: not every version of torch indexes float8.
+        chosen = self.cache.view(torch.uint8)[:, blocks].view(self.cache.dtype)
+        keys, values = chosen.transpose(2, 3).flatten(1, 2)[:, :context]
         return keys, values
 
 
@@ -53,6 +57,11 @@ def decode_cases(place: Place) -> Iterator[Case]:
         tokens = sequences * context
         peers = (*_decode_sdpa(step), *_varlen_peer(step))
         yield _case(step, f"decode B={sequences} ctx={context}", tokens, tokens, "memory", peers)
+    if place.tiny or torch.cuda.get_device_capability() >= (8, 9):
+        sequences, context = (2, 70) if place.tiny else (32, 8192)
+        step = _step(((context - 1, 1),) * sequences, heads, place, narrow=True)
+        name = f"decode e4m3 B={sequences} ctx={context}"
+        yield _case(step, name, sequences * context, sequences * context, "memory", ())
 
 
 def prefill_cases(place: Place) -> Iterator[Case]:
@@ -61,8 +70,8 @@ def prefill_cases(place: Place) -> Iterator[Case]:
     for spans in (((0, 20),), ((17, 5), (0, 9))) if place.tiny else _PREFILLS:
         step = _step(spans, heads, place)
         seen = sum(cached * new + new * (new + 1) // 2 for cached, new in spans)
-        whole = len(spans) == 1 and spans[0][0] == 0
-        peers = (*(_prefill_sdpa(step) if whole else ()), *_varlen_peer(step))
+        alike = set(spans) == {(0, spans[0][1])}
+        peers = (*(_prefill_sdpa(step) if alike else ()), *_varlen_peer(step))
         name = " ".join(f"{new}@{cached}" for cached, new in spans)
         tokens = sum(cached + new for cached, new in spans)
         yield _case(step, f"prefill {name}", tokens, seen, "bf16", peers)
@@ -85,7 +94,9 @@ def _case(step: _Step, name: str, tokens: int, seen: int, bound: Bound, peers: t
     )
 
 
-def _step(spans: tuple[tuple[int, int], ...], heads: tuple[int, int, int], place: Place) -> _Step:
+def _step(
+    spans: tuple[tuple[int, int], ...], heads: tuple[int, int, int], place: Place, *, narrow: bool = False
+) -> _Step:
     num_heads, num_kv_heads, head_dim = heads
     contexts = np.array([cached + new for cached, new in spans], dtype=np.int32)
     query_start = np.cumsum([0, *(new for _, new in spans)]).astype(np.int32)
@@ -93,6 +104,8 @@ def _step(spans: tuple[tuple[int, int], ...], heads: tuple[int, int, int], place
     order = np.random.default_rng(0).permutation(len(spans) * width).astype(np.int32)
     tables = order.reshape(len(spans), width)
     cache = place.randn(2, len(spans) * width, num_kv_heads, _BLOCK_TOKENS, head_dim)
+    if narrow:
+        cache = cache.to(torch.float8_e4m3fn)
     query = place.randn(int(query_start[-1]), num_heads, head_dim, seed=1)
     slots = np.zeros(len(query), dtype=np.int32)  # nothing is written here
     with forced("triton"):
@@ -121,8 +134,12 @@ def _decode_sdpa(step: _Step) -> Iterator[Peer]:
 
 
 def _prefill_sdpa(step: _Step) -> Iterator[Peer]:
-    query, keys, values = (part.transpose(0, 1)[None] for part in (step.query, *step.contiguous(0)))
-    yield from _sdpa(query, keys, values, is_causal=True, enable_gqa=True)
+    """Whole prompts, all of one length."""
+    sequences = range(len(step.spans))
+    keys, values = zip(*map(step.contiguous, sequences), strict=True)
+    parts = step.query.unflatten(0, (len(sequences), -1)), torch.stack(keys), torch.stack(values)
+    query, k, v = (part.transpose(1, 2) for part in parts)
+    yield from _sdpa(query, k, v, is_causal=True, enable_gqa=True)
 
 
 def _sdpa(
@@ -144,7 +161,8 @@ def _sdpa(
 
 
 def _varlen_peer(step: _Step) -> Iterator[Peer]:
-    """torch's FlashAttention over sequences laid end to end; its arguments differ between versions."""
+    """torch's FlashAttention over sequences laid end to end, and over blocks of its own size in random
+    order; its arguments differ between versions."""
     keys, values = (
         torch.cat(parts) for parts in zip(*map(step.contiguous, range(len(step.spans))), strict=True)
     )
@@ -160,9 +178,42 @@ def _varlen_peer(step: _Step) -> Iterator[Peer]:
     starts = (_starts(news, step.query.device), _starts(contexts, step.query.device))
 
     def run() -> object:
-        return varlen.varlen_attn(step.query, keys, values, *starts, max(news), max(contexts), **options)
+        return varlen_attn(step.query, keys, values, *starts, max(news), max(contexts), **options)
 
     yield Peer("torch varlen_attn", run, cpu=False)
+    if "block_table" not in _VARLEN_PARAMETERS:
+        yield Peer("torch varlen_attn, paged", _no_block_table, cpu=False)
+        return
+    pool_keys, pool_values, tables = _pages(step)
+    used = torch.tensor(contexts, dtype=torch.int32, device=step.query.device)
+
+    def run_paged() -> object:
+        return varlen_attn(
+            step.query, pool_keys, pool_values, *starts, max(news), max(contexts), **options,
+            seqused_k=used, block_table=tables,
+        )  # fmt: skip
+
+    yield Peer("torch varlen_attn, paged", run_paged, cpu=False)
+
+
+def _no_block_table() -> object:
+    raise NotImplementedError(f"torch {torch.__version__} has no block_table")
+
+
+def _pages(step: _Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values [pages, _PEER_BLOCK_TOKENS, K, D] in random order, and tables [B, M] of them."""
+    width = -(-max(sum(span) for span in step.spans) // _PEER_BLOCK_TOKENS)
+    count = len(step.spans) * width
+    device = step.query.device
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).to(device)
+    shape = (count, _PEER_BLOCK_TOKENS, step.cache.shape[2], step.cache.shape[4])
+    pools = torch.zeros(2, *shape, dtype=step.query.dtype, device=device)
+    tables = order.view(len(step.spans), width)
+    for b, table in enumerate(tables):
+        for pool, part in zip(pools, step.contiguous(b), strict=True):
+            padded = F.pad(part, (0, 0, 0, 0, 0, width * _PEER_BLOCK_TOKENS - len(part)))
+            pool[table] = padded.unflatten(0, (width, -1))
+    return pools[0], pools[1], tables.to(torch.int32)
 
 
 def _starts(lengths: list[int], device: torch.device) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Times and errors of cases, and the ceilings of the machine.
 
 A run is captured into a CUDA graph, so that what is timed is the device and not Python; between runs the
-L2 cache is overwritten; the median counts.
+L2 cache is filled with other data, only read, so that nothing is left to be written back; the median counts.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from kernels.bench.case import Case, Peer, Place
 from kernels.dispatch import forced
+from kernels.gpu.device import LAUNCH_ERRORS
 
 _FLUSH_BYTES = 512 << 20  # many times any GPU's L2 cache
 _READ_BYTES = 4 << 30
@@ -20,7 +21,9 @@ _SIZE = 8192
 _WARMUPS = 3
 _TRIES = 30
 # What a library raises where it does not have, or not know, what is asked of it.
-_PEER_ERRORS = (RuntimeError, ImportError, ValueError, TypeError, AttributeError)
+_PEER_ERRORS = (RuntimeError, ImportError, ValueError, TypeError, AttributeError, AssertionError)
+CASE_ERRORS: tuple[type[Exception], ...] = (*_PEER_ERRORS, LookupError, *LAUNCH_ERRORS)
+_FIRST_WORDS = 300  # characters of an error
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,12 @@ def measure_ceilings() -> Ceilings:
     return Ceilings(torch.cuda.get_device_name(), _READ_BYTES / read_us * 1e6, rates)
 
 
+def described(error: Exception) -> str:
+    """In one line."""
+    said = str(error).strip()
+    return f"{type(error).__name__}: {said.splitlines()[0][:_FIRST_WORDS] if said else ''}"
+
+
 def _read_us() -> float:
     buffer = torch.ones(_READ_BYTES // 4, device="cuda")
     return time_us(lambda: buffer.sum())
@@ -91,11 +100,11 @@ def _product_us() -> dict[str, float]:
 def time_us(run: Callable[[], object], captures: bool = True) -> float:
     """Median microseconds of `run` with a cold L2 cache."""
     launch = _captured(run) if captures else run
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.zeros(_FLUSH_BYTES // 4, device="cuda")
     times = []
     for _ in range(_WARMUPS + _TRIES):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()  # takes longer than the host needs to launch what follows
+        flush.sum()  # takes longer than the host needs to launch what follows
         start.record()
         launch()
         end.record()
@@ -131,4 +140,4 @@ def _peer(peer: Peer, place: Place) -> float | str | None:
     try:
         return time_us(peer.run, peer.captures)
     except _PEER_ERRORS as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        return described(error)

@@ -58,7 +58,7 @@ def print_family(
     for one in found:
         if isinstance(one, Broken):
             table.add_row(
-                f"case {one.index}", _NONE, "[bold red]BROKE[/]", _NONE, _NONE, _NONE, escape(one.why)
+                escape(one.shape), _NONE, "[bold red]BROKE[/]", _NONE, _NONE, _NONE, escape(one.why)
             )
             continue
         word = "[green]right[/]" if one.right else "[bold red]WRONG[/]"
@@ -81,13 +81,13 @@ def share_of_ceiling(one: Measured | Broken, ceilings: Ceilings | None) -> float
 
 def _speed(one: Measured, ceilings: Ceilings | None) -> tuple[str, str, str]:
     share = share_of_ceiling(one, ceilings)
-    if one.us is None or share is None:
+    if one.us is None:
         return _NONE, _NONE, _NONE
     if one.bound == "memory":
         rate = f"{one.moved_bytes / one.us / 1e3:.0f} GB/s"
     else:
         rate = f"{one.flops / one.us / 1e6:.0f} TFLOP/s"
-    return f"{one.us:.1f}", rate, f"{share:.0%}"
+    return f"{one.us:.1f}", rate, _NONE if share is None else f"{share:.0%}"
 
 
 def _beside(one: Measured) -> str:

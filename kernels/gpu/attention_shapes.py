@@ -6,12 +6,16 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
+HEAD_DIMS = (128, 64, 80, 96, 256)  # the commonest first
 INT32_MAX = 2**31 - 1
 
 # Capabilities from which a configuration holds: what runs on 80 has to fit the 99 KiB of a block on 86, 89
 # and 120, too.
 OLDEST = (80, 90)
+
+
+_REGISTERS = 65536  # of a multiprocessor; a warp's threads get them 8 at a time
+_MOST_REGISTERS = 255  # of a thread
 
 
 def padded(head_dim: int) -> int:
@@ -24,6 +28,11 @@ def oldest_for(capability: int) -> int:
     return 90 if 90 <= capability < 120 else 80
 
 
+def max_registers(programs: int, num_warps: int) -> int:
+    """Of a thread, for so many programs to share a multiprocessor."""
+    return min(_REGISTERS // (32 * num_warps * programs) // 8 * 8, _MOST_REGISTERS)
+
+
 @dataclass(frozen=True)
 class Case:
     """One set of the types and switches that both kernels are compiled for."""
@@ -34,6 +43,7 @@ class Case:
     cache_dtype: str
     has_window: bool = False
     wide: bool = False
+    group: int = 4  # query heads to a key/value head
 
     @property
     def cache_bytes(self) -> int:
@@ -42,6 +52,7 @@ class Case:
 
     def name(self, kernel: str) -> str:
         switches = f"{' window' if self.has_window else ''}{' wide' if self.wide else ''}"
+        switches += f" G={self.group}" if self.group != 4 else ""
         return f"{kernel} sm_{self.oldest} D={self.head_dim} {self.dtype} cache={self.cache_dtype}{switches}"
 
     @property
@@ -51,12 +62,15 @@ class Case:
 
 
 def cases() -> Iterator[Case]:
-    """Every head dim and dtype; of the commonest of them a window, a huge cache and, at each
-    width of a tile, an e4m3 cache."""
-    for oldest, head_dim, dtype in itertools.product(OLDEST, HEAD_DIMS, ("bf16", "fp16")):
-        yield Case(oldest, head_dim, dtype, dtype)
+    """Every head dim, in both dtypes, and with a window; at each width of a tile an e4m3 cache, with a
+    window and without; of the commonest a huge cache, and groups of heads that are no power of two."""
+    for oldest, head_dim in itertools.product(OLDEST, HEAD_DIMS):
+        yield Case(oldest, head_dim, "bf16", "bf16")
+        yield Case(oldest, head_dim, "fp16", "fp16")
+        yield Case(oldest, head_dim, "bf16", "bf16", has_window=True)
     for oldest in OLDEST:
-        yield Case(oldest, 128, "bf16", "bf16", has_window=True)
         yield Case(oldest, 128, "bf16", "bf16", wide=True)
-    for head_dim in (64, 128, 256):
-        yield Case(90, head_dim, "bf16", "fp8e4nv")
+        for group in (1, 7):
+            yield Case(oldest, 128, "bf16", "bf16", group=group)
+    for head_dim, has_window in itertools.product((64, 128, 256), (False, True)):
+        yield Case(90, head_dim, "bf16", "fp8e4nv", has_window=has_window)

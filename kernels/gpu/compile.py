@@ -100,8 +100,14 @@ def families() -> list[str]:
     return [name for name in names if hasattr(importlib.import_module(name), "variants")]
 
 
-def tasks(only: Iterable[str] = (), capabilities: Iterable[int] = ()) -> list[Task]:
-    """All there is to compile, or of the families and capabilities named."""
+def tasks(
+    only: Iterable[str] = (), capabilities: Iterable[int] = (), *, one_each: bool = False
+) -> list[Task]:
+    """All there is to compile, or of the families and capabilities named; `one_each`: only one variant of
+    each kernel, the first of those made for the architecture.
+
+    Raises ValueError where there is no such family.
+    """
     chosen = list(only)
     known = {name.rpartition(".")[2]: name for name in families()}
     if unknown := set(chosen) - known.keys():
@@ -111,10 +117,9 @@ def tasks(only: Iterable[str] = (), capabilities: Iterable[int] = ()) -> list[Ta
         Task(module, index, architecture.capability)
         for family, module in known.items()
         if not chosen or family in chosen
-        for index, variant in enumerate(_variants(module))
         for architecture in ARCHITECTURES
         if architecture.capability in targets
-        and variant.min_capability <= architecture.capability <= variant.max_capability
+        for index in _shipped(_variants(module), architecture, one_each)
     ]
 
 
@@ -167,14 +172,33 @@ def compile_variant(family: str, variant: Variant, architecture: Architecture) -
 
 def occupancy(architecture: Architecture, registers: int, shared_bytes: int, warps: int) -> float:
     """Share of an SM's warps that can be resident, 0 where not one block fits."""
+    return resident(architecture, registers, shared_bytes, warps) * warps / _WARPS
+
+
+def resident(architecture: Architecture, registers: int, shared_bytes: int, warps: int) -> int:
+    """Blocks that fit an SM at once."""
     per_warp = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
-    blocks = min(
+    return min(
         _BLOCKS,
         _WARPS // warps,
         _REGISTERS // (per_warp * warps),
         architecture.shared_per_sm // (shared_bytes + _RESERVED_SHARED),
     )
-    return blocks * warps / _WARPS
+
+
+def _shipped(variants: list[Variant], architecture: Architecture, one_each: bool) -> list[int]:
+    """Indices of the variants for `architecture`."""
+    indices = [
+        index
+        for index, variant in enumerate(variants)
+        if variant.min_capability <= architecture.capability <= variant.max_capability
+    ]
+    if not one_each:
+        return indices
+    first: dict[int, int] = {}
+    for index in sorted(indices, key=lambda index: -variants[index].min_capability):  # stable
+        first.setdefault(id(variants[index].kernel), index)
+    return list(first.values())
 
 
 def _variants(module: str) -> list[Variant]:
@@ -193,6 +217,7 @@ def _compile(variant: Variant, capability: int) -> triton.compiler.CompiledKerne
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
         "enable_fp_fusion": variant.fp_fusion,
+        "maxnreg": variant.max_registers,
     }
     return triton.compile(source, target=GPUTarget("cuda", capability, _WARP), options=options)
 
@@ -219,6 +244,11 @@ def _failures(
         yield f"{metadata.shared} B of shared memory, above {architecture.shared_per_block}"
     if getattr(metadata, "tmem_size", None) and metadata.tmem_size > _TENSOR_MEMORY_COLUMNS:
         yield f"{metadata.tmem_size} columns of tensor memory, above {_TENSOR_MEMORY_COLUMNS}"
+    if variant.min_capability == architecture.capability:
+        warps = getattr(metadata, "num_warps", variant.num_warps)
+        fitting = resident(architecture, usage["REG"], metadata.shared, warps)
+        if fitting < variant.programs:
+            yield f"{fitting} programs fit a multiprocessor, not {variant.programs}"
     tensor_cores = {"mma": architecture.mma, "mma.sync": ("mma.sync", "wgmma", "tcgen05.mma")}
     for expected in variant.expects:
         if not any(instructions[name] for name in tensor_cores.get(expected, (expected,))):

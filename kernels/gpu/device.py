@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
+from triton.errors import TritonError
+
+# What a launch raises besides RuntimeError: the compiler's refusal, or too little of the GPU for it.
+LAUNCH_ERRORS: tuple[type[Exception], ...] = (TritonError,)
 
 _INTERPRETED_CAPABILITY = 90
 _INTERPRETED_MULTIPROCESSORS = 1  # few programs, so that each takes several work items

@@ -2,7 +2,8 @@
 
 A program multiplies a tile of one expert's pairs with a tile of its outputs. Hidden rows and results are
 kept by pair, not by place in the sort: what fills tiles up is never stored, and a token's k results lie
-side by side, to be added in the order of its experts. No sum depends on timing.
+side by side, to be added in the order of its experts. No sum depends on timing. What changes from step to
+step is not specialised on, so that traffic never waits for the compiler.
 
     M rows of a tile of pairs, N outputs, K inputs; P, T, k, E, d, f as in kernels.moe
 """
@@ -58,7 +59,7 @@ _DOWN = (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _sort_kernel(
     chosen, pairs, tile_experts, num_pairs, capacity,
     ROWS: tl.constexpr, BLOCK_E: tl.constexpr, CHUNK: tl.constexpr,
@@ -102,7 +103,7 @@ def _tile_of(num_tiles, num_columns, GROUP: tl.constexpr):
     return first + within % size, within // size
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _gate_up_kernel(
     x, weight, hidden, pairs, experts, num_pairs, num_tiles, top_k, F, D,
     EVEN_K: tl.constexpr, GROUP: tl.constexpr,
@@ -142,7 +143,7 @@ def _gate_up_kernel(
         tl.store(at, out.to(hidden.dtype.element_ty), mask=here[:, None] & (outputs < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def _down_kernel(
     hidden, weight, routing, out, pairs, experts, num_pairs, num_tiles, D, F,
     EVEN_K: tl.constexpr, GROUP: tl.constexpr,

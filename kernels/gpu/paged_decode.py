@@ -22,36 +22,43 @@ import triton
 import triton.language as tl
 
 from kernels.attention_worklist import SPLIT_TOKENS, GpuAttentionBatch
-from kernels.gpu.attention_shapes import HEAD_DIMS, INT32_MAX, Case, cases, oldest_for, padded
+from kernels.gpu.attention_shapes import HEAD_DIMS, INT32_MAX, Case, cases, max_registers, oldest_for, padded
 from kernels.gpu.device import capability, multiprocessors
 from kernels.gpu.variants import Variant
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """A tile of `block_n` tokens; `programs` share a multiprocessor."""
+    """A tile of `block_n` tokens; `programs` share a multiprocessor, all at once: a launch has no more."""
 
     block_n: int
     num_warps: int
     num_stages: int
     programs: int
 
+    @property
+    def max_registers(self) -> int:
+        return max_registers(self.programs, self.num_warps)
+
 
 # (oldest capability, padded head dim) → config. What hides the memory's latency is what is in flight: some
-# 20 KiB a multiprocessor on an H100, by Little's law. A page's number has to be there before its tokens can
-# be asked for, so that of five stages two hold tokens.
+# 20 KiB a multiprocessor on an H100, by Little's law, and as much again because it comes in bursts. A page's
+# number has to be there before its tokens can be asked for, so that of five stages two hold tokens, of seven
+# three; while one is computed with, the others are in flight: with head dim 128, 96 KiB.
 _CONFIGS = {
     (80, 64): DecodeConfig(block_n=64, num_warps=4, num_stages=5, programs=4),
     (80, 128): DecodeConfig(block_n=32, num_warps=4, num_stages=5, programs=4),
     (80, 256): DecodeConfig(block_n=32, num_warps=4, num_stages=3, programs=3),
-    (90, 64): DecodeConfig(block_n=64, num_warps=4, num_stages=5, programs=5),
+    (90, 64): DecodeConfig(block_n=64, num_warps=4, num_stages=5, programs=4),
     (90, 128): DecodeConfig(block_n=64, num_warps=4, num_stages=5, programs=3),
     (90, 256): DecodeConfig(block_n=32, num_warps=4, num_stages=5, programs=3),
 }
 # e4m3 is widened in registers, which takes more of them.
 _NARROW_CONFIGS = {
     **_CONFIGS,
-    (90, 128): DecodeConfig(block_n=64, num_warps=8, num_stages=5, programs=2),
+    (90, 64): DecodeConfig(block_n=64, num_warps=4, num_stages=7, programs=3),
+    (90, 128): DecodeConfig(block_n=32, num_warps=4, num_stages=7, programs=3),
+    (90, 256): DecodeConfig(block_n=32, num_warps=4, num_stages=5, programs=2),
 }
 _MERGE_SPLITS = 16
 _MERGE_WARPS = 4
@@ -106,6 +113,7 @@ def paged_decode(
         WIDE=cache[0].numel() > INT32_MAX,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )
     if merges:
         _merge_kernel[(merges, num_heads)](
@@ -147,12 +155,14 @@ def _decode_variant(case: Case) -> Variant:
         name=case.name("decode"),
         kernel=_decode_kernel,
         signature={**pointers, **strides, **numbers},
-        constexprs={**_constants(8, 4, case.head_dim, 16, config), **case.constants},
+        constexprs={**_constants(8, case.group, case.head_dim, 16, config), **case.constants},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         expects=("mma.sync", "cp.async"),
         aligned=(*pointers, *strides),
         min_capability=case.oldest,
+        max_registers=config.max_registers,
+        programs=config.programs,
     )
 
 

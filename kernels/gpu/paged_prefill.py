@@ -23,19 +23,26 @@ import triton
 import triton.language as tl
 
 from kernels.attention_worklist import QUERY_BLOCK, GpuAttentionBatch
-from kernels.gpu.attention_shapes import INT32_MAX, Case, cases, oldest_for, padded
+from kernels.gpu.attention_shapes import INT32_MAX, Case, cases, max_registers, oldest_for, padded
 from kernels.gpu.device import capability
 from kernels.gpu.variants import Variant
 
 
 @dataclass(frozen=True)
 class PrefillConfig:
-    """A tile of `block_m` rows by `block_n` tokens; `block_m` divides QUERY_BLOCK."""
+    """A tile of `block_m` rows by `block_n` tokens; `block_m` divides QUERY_BLOCK. `programs` share a
+    multiprocessor: while one computes a softmax, the other feeds the tensor cores."""
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    programs: int = 1
+
+    @property
+    def max_registers(self) -> int | None:
+        """Two programs' share ptxas finds by itself, and with fewer spills than when it is told."""
+        return max_registers(1, self.num_warps) if self.programs == 1 else None
 
 
 # (oldest capability, padded head dim) → config. The accumulator and a tile of logits lie in registers: a
@@ -44,21 +51,28 @@ _CONFIGS = {
     (80, 64): PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
     (80, 128): PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
     (80, 256): PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=3),
-    (90, 64): PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
+    (90, 64): PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3, programs=2),
     (90, 128): PrefillConfig(block_m=128, block_n=128, num_warps=8, num_stages=3),
     (90, 256): PrefillConfig(block_m=128, block_n=32, num_warps=8, num_stages=5),
 }
 # e4m3 is widened in registers, which takes more of them.
 _NARROW_CONFIGS = {
     **_CONFIGS,
+    (90, 64): PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=3),
     (90, 128): PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=5),
     (90, 256): PrefillConfig(block_m=64, block_n=32, num_warps=8, num_stages=3),
 }
+# A window's masks take some, too, and its edge wastes less of a narrower tile.
+_WINDOW_CONFIGS = {
+    **_CONFIGS,
+    (90, 128): PrefillConfig(block_m=128, block_n=64, num_warps=8, num_stages=5),
+}
 
 
-def config_for(capability: int, head_dim: int, cache_bytes: int) -> PrefillConfig:
+def config_for(capability: int, head_dim: int, cache_bytes: int, *, has_window: bool) -> PrefillConfig:
     """The shipped configuration, for a cache of `cache_bytes` a number."""
-    configs = _NARROW_CONFIGS if cache_bytes == 1 else _CONFIGS
+    wide = _WINDOW_CONFIGS if has_window else _CONFIGS
+    configs = _NARROW_CONFIGS if cache_bytes == 1 else wide
     return configs[oldest_for(capability), padded(head_dim)]
 
 
@@ -80,7 +94,9 @@ def paged_prefill(
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, block_tokens = cache.shape[2:4]
     group = num_heads // num_kv_heads
-    config = config or config_for(capability(query.device), head_dim, cache.itemsize)
+    config = config or config_for(
+        capability(query.device), head_dim, cache.itemsize, has_window=window is not None
+    )
     programs = len(batch.prefill_work) * _tiles(group, config)
     _prefill_kernel[(programs, num_kv_heads)](
         out,
@@ -103,6 +119,7 @@ def paged_prefill(
         WIDE=cache[0].numel() > INT32_MAX,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
     )
 
 
@@ -112,7 +129,7 @@ def variants() -> Iterator[Variant]:
 
 
 def _variant(case: Case) -> Variant:
-    config = config_for(case.oldest, case.head_dim, case.cache_bytes)
+    config = config_for(case.oldest, case.head_dim, case.cache_bytes, has_window=case.has_window)
     pointers = {
         "out": f"*{case.dtype}",
         "query": f"*{case.dtype}",
@@ -130,12 +147,14 @@ def _variant(case: Case) -> Variant:
         name=case.name("prefill"),
         kernel=_prefill_kernel,
         signature={**pointers, **strides, **numbers},
-        constexprs={**_constants(8, 4, case.head_dim, 16, config), **case.constants},
+        constexprs={**_constants(8, case.group, case.head_dim, 16, config), **case.constants},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         expects=("mma", "cp.async"),
         aligned=(*pointers, *strides),
         min_capability=case.oldest,
+        max_registers=config.max_registers,
+        programs=config.programs,
     )
 
 

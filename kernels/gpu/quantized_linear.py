@@ -7,7 +7,8 @@ and on Hopper they go there from registers, where they were just widened.
 
 K is cut into splits so that small N still fills the GPU. Each split writes a partial sum; the last to
 arrive at a tile (an integer counter tells) adds them in order of the splits. The cut depends on the
-weight's shape alone and the order on nothing, so the result depends on neither timing nor batch size.
+weight's shape alone and the order on nothing, so the result depends on neither timing nor batch size. M is
+not specialised on: it changes from step to step, and traffic must not wait for the compiler.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Config:
 # The bits of 128 and of 1024: the last of the mantissa weighs 1.
 MAGIC = {torch.bfloat16: 0x4300, torch.float16: 0x6400}
 _ROW_WARPS = 8
+_MAX_REGISTERS = 255  # of a thread: two programs of the largest tile, whose shared memory allows no more
 _INT8 = Config()
 _INT4 = Config(block_k=GROUP, num_stages=5)
 _FP8 = Config()
@@ -85,7 +87,7 @@ def _store_sum(
         tl.store(out_at, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _int8_kernel(
     x, weight, scale, out, partials, arrivals, M, N, K, steps, splits,
     SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
@@ -112,7 +114,7 @@ def _int8_kernel(
     _store_sum(total, out, partials, arrivals, rows, tokens, M, N, splits, SPLIT, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _fp8_kernel(
     x, x_scale, weight, scale, out, partials, arrivals, M, N, K, steps, splits,
     SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
@@ -139,7 +141,7 @@ def _fp8_kernel(
     _store_sum(total, out, partials, arrivals, rows, tokens, M, N, splits, SPLIT, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _int4_kernel(
     x, weight, scale, zero, out, partials, arrivals, M, N, K, steps, splits,
     SPLIT: tl.constexpr, MAGIC: tl.constexpr,
@@ -272,6 +274,7 @@ def _plan(x: torch.Tensor, weight: Weight, inputs: int, dtype: torch.dtype, conf
         "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        "maxnreg": _MAX_REGISTERS,
     }
     grid = (triton.cdiv(outputs, config.block_n), splits)
     return _Launch(out, partials, grid, (tokens, outputs, inputs, steps, splits), constants)
@@ -356,4 +359,5 @@ def _variant(
         expects=("mma", "cp.async"),
         aligned=("x", *pointers, "out", "partials", "arrivals", "N", "K"),
         min_capability=90 if name == "fp8" else 80,
+        max_registers=_MAX_REGISTERS,
     )

@@ -19,7 +19,10 @@ class Variant:
         "cp.async"  loads pipelined through shared memory
     `min_capability` is 90 where sm_80 has not the instructions (e4m3, say), and `max_capability` 80 where
     later ones have a configuration of their own. `fp_fusion`: as the launch has `enable_fp_fusion`, whether
-    a product and a sum may be rounded once.
+    a product and a sum may be rounded once. `max_registers` of a thread: as the launch has `maxnreg`. Without
+    it ptxas spills a register or two where that lets one more block onto a multiprocessor, which is of no
+    use to a kernel whose launches do not have so many. `programs` must be resident on a multiprocessor at
+    once, on the architecture of `min_capability`: what a launch or the hiding of latency counts on.
     """
 
     name: str
@@ -33,3 +36,5 @@ class Variant:
     min_capability: int = 80
     max_capability: int = 100
     fp_fusion: bool = True
+    max_registers: int | None = None
+    programs: int = 1

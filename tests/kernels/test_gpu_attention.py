@@ -1,5 +1,6 @@
 """The Triton kernels of paged attention against the formula: on a GPU, or in the interpreter."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from kernels.attention_worklist import (
 )
 from kernels.dispatch import forced
 from kernels.paged_attention import paged_attention, paged_attention_reference, plan_attention, write_kv
+from kernels.rope_kv import rope_and_write_kv
 
 # The interpreter does bfloat16 arithmetic on its bits; the GPU has no kernels for float32.
 DTYPES = [torch.float16, torch.bfloat16 if torch.cuda.is_available() else torch.float32]
@@ -114,8 +116,12 @@ def test_chunks_at_every_border(cached, device):
 
 
 def test_many_splits_are_merged(device):
-    """A context of more splits than the merge takes at a time is whole."""
-    step([(18 * SPLIT_TOKENS + 7, 1), (5 * SPLIT_TOKENS, 1)], (1, 1, 64), device).check()
+    """A context of more splits than the merge takes at a time is whole, whichever of them weigh most."""
+    whole = step([(18 * SPLIT_TOKENS + 7, 1), (5 * SPLIT_TOKENS, 1)], (1, 1, 64), device)
+    whole.check()
+    last = torch.from_numpy(whole.block_tables[0, -8:]).long()
+    whole.cache[0, last] *= 3
+    whole.check()
 
 
 @pytest.mark.parametrize("window", [1, 5, 16, 64, 100, 513])
@@ -209,6 +215,12 @@ def test_one_buffer_serves_any_step(device):
         if len(spans) == 2:  # a bucket of three sequences, of which one is empty
             plan = (np.append(plan[0], 3), np.append(plan[1], 0), np.pad(plan[2], ((0, 1), (0, 0))))
         array, _ = pack_attention(np.zeros(3, np.int32), *plan, capacity)
+        packed = GpuAttentionBatch.view(torch.from_numpy(array), capacity)
+        prefills, decodes, merges = packed.counts.tolist()
+        # What an earlier step may have left, and would write where others do.
+        packed.prefill_work[prefills:] = torch.tensor([2, 0])
+        packed.decode_work[decodes:] = torch.tensor([1, 1, 0, 1])
+        packed.merge_work[merges:] = 1
         buffer.copy_(torch.from_numpy(array))
         with forced("triton"):
             out = paged_attention(eager.query, eager.cache, batch)
@@ -226,6 +238,39 @@ def test_a_step_that_does_not_fit_is_refused(short):
     sizes = {name: getattr(exact, name) for name in exact.__dataclass_fields__}
     with pytest.raises(ValueError, match="does not fit"):
         pack_attention(slots, *whole.plan, BatchCapacity(**{**sizes, short: sizes[short] - 1}))
+
+
+def huge_cache(num_blocks, device, folder):
+    """[2, num_blocks, 1, 16, 64]; on the host a sparse file: what nobody touches takes no memory."""
+    shape = (2, num_blocks, 1, 16, 64)
+    if device == "cuda":
+        return torch.empty(shape, dtype=torch.float16, device=device)
+    path, size = str(folder / "cache"), math.prod(shape)
+    return torch.from_file(path, shared=True, size=size, dtype=torch.float16).view(shape)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_cache_beyond_32_bits_is_read_and_written_at_its_end(window, device, tmp_path):
+    """Where an element's number is above 2^31, keys are those that were put there."""
+    small = step([(20, 1), (3, 30), (600, 1)], (2, 1, 64), device, torch.float16)
+    used = small.cache.shape[1]
+    cache = huge_cache(2**21 + used, device, tmp_path)
+    assert cache[0, 2**21 :].data_ptr() - cache.data_ptr() == 2 * 2**31
+    shift = 2**21
+    cache[:, shift:] = small.cache
+    huge = Step(small.query, cache, *small.plan[:2], small.block_tables + np.int32(shift))
+    assert torch.equal(huge.out(window), small.out(window))
+
+    heads = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0)).half().to(device)
+    table = torch.ones(2, 1, 64, device=device)
+    slots = torch.tensor(
+        [used * 16 - 1, 16 * int(small.block_tables[0, 0])], dtype=torch.int32, device=device
+    )
+    with forced("triton"):
+        rope_and_write_kv(heads, 2, table, table, small.cache, slots)
+        rope_and_write_kv(heads, 2, table, table, cache, slots + 16 * shift)
+    torch.testing.assert_close(cache[:, shift:], small.cache, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(small.cache[1, -1, 0, 15], heads[0, 3])
 
 
 def test_what_the_kernels_cannot_read_is_refused(device):

@@ -4,6 +4,7 @@ The compiler cannot share a process with Triton's interpreter, which the other t
 """
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import kernels.gpu
 from kernels.gpu.compile import ARCHITECTURES, families, occupancy, tasks
 
 AMPERE, HOPPER, BLACKWELL = ARCHITECTURES
+KERNELS = {id(variant.kernel) for name in families() for variant in importlib.import_module(name).variants()}
 ROOM = Path(kernels.gpu.__file__).parent
 
 
@@ -30,21 +32,25 @@ def compiled(tmp_path, *options):
     return json.loads(report.read_text())["compiled"], done
 
 
-def test_what_ships_compiles_for_hopper(tmp_path):
-    """No spills, no more shared memory than there is, and tensor cores where they are meant."""
-    results, done = compiled(tmp_path, "--capability", "90")
+def check(results, done):
     assert [one for one in results if one["failures"]] == [] and done.returncode == 0, done.stdout
-    assert len(results) == len(tasks(capabilities=[90]))
     assert {one["family"] for one in results} == {name.rpartition(".")[2] for name in families()}
     assert all(one["registers"] > 0 and 0 < one["occupancy"] <= 1 for one in results)
 
 
+def test_every_kernel_compiles_for_hopper(tmp_path):
+    """In one variant: no spills, no more shared memory than there is, tensor cores where they are meant."""
+    results, done = compiled(tmp_path, "--capability", "90", "--one-each")
+    check(results, done)
+    assert len(results) == len(KERNELS)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("capability", [80, 100])
-def test_what_ships_compiles_elsewhere(tmp_path, capability):
-    """Ampere and Blackwell."""
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_what_ships_compiles(tmp_path, capability):
+    """Every variant, for Ampere, Hopper and Blackwell."""
     results, done = compiled(tmp_path, "--capability", str(capability))
-    assert [one for one in results if one["failures"]] == [] and done.returncode == 0, done.stdout
+    check(results, done)
     assert len(results) == len(tasks(capabilities=[capability]))
 
 

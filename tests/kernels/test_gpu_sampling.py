@@ -119,6 +119,18 @@ def test_ties_at_a_cut_are_kept(device):
         both(logits[:4].to(device), controls(4, device, seed=range(4), **cut))
 
 
+@pytest.mark.parametrize("top_p,kept", [(0.80, 1), (0.85, 5), (0.99, 16)])
+def test_a_cut_below_what_stands_out_is_found(top_p, kept, device):
+    """One token of weight 1 has 0.8101 of its row, fifteen of weights about 1/64 the rest: a cut among
+    those is found, though the first alone has nearly all that top-p asks for."""
+    weights = torch.cat((torch.ones(1), torch.linspace(1.01, 0.99, 15) / 64))
+    tokens = both(
+        weights.log().expand(64, -1).contiguous().to(device),
+        controls(64, device, top_p=top_p, position=np.arange(64)),
+    )
+    assert kept // 2 <= int(tokens.max()) < kept
+
+
 def test_cuts_that_fall_exactly_between_tokens(device):
     """Of weights 1, 1/2, 1/4, 1/4 a top_p of 1/2 is reached by the first, of 3/4 by the first two."""
     log2e = np.float32(sampling.LOG2E)  # as a temperature it makes powers of two

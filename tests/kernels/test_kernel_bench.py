@@ -3,11 +3,14 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 import torch
+from triton.errors import TritonError
 
-from kernels.bench import run
+from kernels.bench import run, worker
 from kernels.bench.case import Case, Peer, Place
 from kernels.bench.measure import Ceilings, Measured, measure_case
 from kernels.bench.tables import share_of_ceiling
@@ -80,29 +83,62 @@ def test_a_share_is_of_the_bound_that_holds():
     assert share_of_ceiling(measured("bf16"), CEILINGS) == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("out of\nmemory"), AssertionError(), TritonError("no")])
+def test_a_case_that_fails_is_a_line(error):
+    """With its error, and the process goes on."""
+
+    def fail() -> torch.Tensor:
+        raise error
+
+    line = worker._line("family", replace(case(2.0), run=fail), Place("cpu", tiny=True))
+    assert line["family"] == "family" and line["shape"] == "[2]"
+    assert line["why"].startswith(type(error).__name__) and "\n" not in line["why"]
+
+
+def processes(monkeypatch, line_of):
+    """Every process that would run cases runs `line_of(the case it starts at)` instead."""
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess,
+        "Popen",
+        lambda command, **options: real([sys.executable, "-c", line_of(int(command[4]))], **options),
+    )
+    monkeypatch.setattr(run, "Measured", lambda n: n)
+
+
 def test_a_case_that_breaks_its_process_is_left_behind(monkeypatch):
-    """What was measured before it is kept, and what comes after it is measured."""
+    """What was measured before it is kept, and what comes after it is measured; a context lost behind a
+    case that has its line costs a process, and no case."""
     lines = {
         0: """print('{"n": 0}', flush=True); raise SystemExit("no such luck")""",
-        2: """print('{"n": 2}')""",
+        2: f"""print('{{"n": 2}}', flush=True); raise SystemExit({worker.CONTEXT_LOST})""",
+        3: """print('{"family": "family", "shape": "[3]", "why": "KeyError: no"}'); print('{"n": 4}')""",
     }
-    real = subprocess.Popen
-
-    def popen(command, **options):
-        return real([sys.executable, "-c", lines[int(command[4])]], **options)
-
-    monkeypatch.setattr(subprocess, "Popen", popen)
-    monkeypatch.setattr(run, "Measured", lambda n: n)
+    processes(monkeypatch, lines.__getitem__)
     found = list(run.measure_families(["family"], tiny=True))
-    assert found == [0, run.Broken("family", 1, "exit 1: no such luck"), 2]
+    broken = run.Broken("family", "case 1", "exit 1: no such luck")
+    assert found == [0, broken, 2, run.Broken("family", "[3]", "KeyError: no"), 4]
 
 
 def test_a_family_that_always_breaks_ends(monkeypatch):
-    """Two in a row are not the fault of a case."""
-    real = subprocess.Popen
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda command, **options: real([sys.executable, "-c", "1 / 0"], **options)
-    )
+    """Two in a row are not the fault of a case; it says that there was more."""
+    processes(monkeypatch, lambda start: "1 / 0")
     found = list(run.measure_families(["family"], tiny=True))
-    assert [one.index for one in found] == [0, 1]
+    assert [one.shape for one in found] == ["case 0", "case 1"]
     assert all("ZeroDivisionError" in one.why for one in found)
+    assert "not run" in found[1].why
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch):
+    """It counts as broken, and how long it was given is said."""
+    monkeypatch.setattr(run, "_LIMIT_S", 0.2)
+    processes(monkeypatch, lambda start: "import time; time.sleep(60)")
+    first = next(run.measure_families(["family"], tiny=True))
+    assert "after 0 s" in first.why
+
+
+def test_a_report_says_what_it_is_of(tmp_path):
+    """Date, versions and command, to the letter."""
+    told = run.provenance()
+    assert told["torch"] == torch.__version__ and told["command"].startswith("python -m kernels.bench")
+    assert abs(datetime.fromisoformat(told["date"]) - datetime.now(UTC)) < timedelta(minutes=1)

@@ -21,7 +21,7 @@ class LazyDevice:
     seen: Counter[str] = field(default_factory=Counter)
     _queue: list[Callable[[], None]] = field(default_factory=list)
     _num_done: int = 0
-    _pinned: set[int] = field(default_factory=set)
+    _pinned: dict[int, torch.Tensor] = field(default_factory=dict)  # kept, or others would get their places
     _has_run: set[int] = field(default_factory=set)
 
     def ints(self, count: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ class LazyDevice:
 
     def pinned(self, count: int) -> torch.Tensor:
         memory = torch.full((count,), -(2**31), dtype=torch.int32)
-        self._pinned.add(memory.untyped_storage().data_ptr())
+        self._pinned[memory.untyped_storage().data_ptr()] = memory
         return memory
 
     def copy(self, source: torch.Tensor, target: torch.Tensor) -> None:

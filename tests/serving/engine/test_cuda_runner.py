@@ -1,6 +1,5 @@
-"""Decoding from graphs: on a device that does a GPU's work on CPU tensors, and on a GPU if there is one."""
+"""Decoding from graphs, on a device that does a GPU's work on CPU tensors, with torch's attention."""
 
-import os
 import queue
 import threading
 from collections import Counter, deque
@@ -13,33 +12,30 @@ import pytest
 import torch
 import torch.distributed as dist
 
-# Triton reads this where a kernel is defined: before anything imports kernels.gpu.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from kernels.dispatch import forced
-from kernels.sampling import SamplingControls, sample
 from serving.engine.cuda_runner import CudaRunner, Pending
-from serving.engine.executor import Done, ExecutorOptions
-from serving.engine.graph_buckets import StepLimits
-from serving.engine.model_runner import ModelRunner, allocate_kv_cache
+from serving.engine.model_runner import allocate_kv_cache
 from serving.engine.plan import SamplingBatch, StepPlan
-from serving.engine.worker import Worker
 from serving.model_spec import read_model_spec
 from serving.models.layers import Shard
 from serving.models.llama import Llama
 from serving.models.weights import open_weights
 from tests.serving.engine.cuda_fakes import LazyDevice, live_attention
 from tests.serving.engine.harness import request
+from tests.serving.engine.pipelined_lines import (
+    BLOCK_TOKENS,
+    CPU,
+    LIMITS,
+    NUM_BLOCKS,
+    PROMPTS,
+    Plain,
+    alone,
+    lines_of,
+    load,
+    run_pipelined,
+)
 from tests.serving.engine.step_plans import Span, generate, greedy, step_plan
 from tests.serving.engine.test_engine import collect, make_engine
-from tests.serving.models.tiny_llama import VOCAB_SIZE, save_tiny_llama
-
-CPU = torch.device("cpu")
-NUM_BLOCKS = 120
-BLOCK_TOKENS = 16
-LIMITS = StepLimits(max_num_seqs=6, max_context_tokens=256, num_blocks=NUM_BLOCKS, block_tokens=BLOCK_TOKENS)
-PROMPT_LENS = (1, 5, 16, 17, 40, 100)
+from tests.serving.models.tiny_llama import save_tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -47,19 +43,6 @@ def llama(tmp_path_factory) -> Llama:
     folder = tmp_path_factory.mktemp("tiny")
     save_tiny_llama(folder)
     return load(folder, torch.float32)
-
-
-def load(folder, dtype: torch.dtype) -> Llama:
-    spec = read_model_spec(folder)
-    return Llama(spec, open_weights(tuple(folder.glob("*.safetensors")), spec, dtype), CPU, Shard())
-
-
-def random_tokens(count: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, VOCAB_SIZE, (count,), generator=generator).tolist()
-
-
-PROMPTS = [random_tokens(count, seed) for seed, count in enumerate(PROMPT_LENS)]
 
 
 @dataclass
@@ -86,107 +69,6 @@ class Rig:
     def check_untouched(self, blocks: set[int]) -> None:
         """Nobody wrote to these."""
         assert self.cache[:, :, sorted(blocks)].isnan().all()
-
-
-class Plain:
-    """The reference: the model runner, each step on its own."""
-
-    num_blocks = NUM_BLOCKS
-    bytes_per_weight = 4.0
-    runs_ahead = False
-
-    def __init__(self, model: Llama) -> None:
-        cache = allocate_kv_cache(model, NUM_BLOCKS, BLOCK_TOKENS, model.dtype, CPU)
-        self.runner = ModelRunner(model, cache)
-
-    def launch(self, plan, sampling):
-        logits = self.runner.logits(plan)
-        parts = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        columns = (*parts, sampling.seed.view(np.int64), sampling.position)
-        return Done(sample(logits, SamplingControls(*map(torch.tensor, columns))).numpy())
-
-
-@dataclass
-class Line:
-    """A sequence in a pipeline that is one step deep: its newest token may be on the device alone."""
-
-    prompt: list[int]
-    blocks: list[int]
-    new_tokens: int
-    seed: int = 0
-    temperature: float = 0.0
-    num_launched: int = 0  # of the tokens after the prompt
-    place: int = 0  # among those that the last step drew
-    tokens: list[int] = field(default_factory=list)
-
-    def span(self) -> Span:
-        if self.num_launched == 0:
-            return Span(self.prompt, 0, self.blocks)
-        start = len(self.prompt) + self.num_launched - 1
-        is_known = self.num_launched <= len(self.tokens)
-        return Span([self.tokens[self.num_launched - 1] if is_known else -1 - self.place], start, self.blocks)
-
-
-def sampling_of(lines: list[Line]) -> SamplingBatch:
-    positions = [len(line.prompt) + line.num_launched for line in lines]
-    return replace(
-        greedy(len(lines)),
-        temperature=np.array([line.temperature for line in lines], dtype=np.float32),
-        seed=np.array([line.seed for line in lines], dtype=np.uint64),
-        position=np.array(positions, dtype=np.int32),
-    )
-
-
-def run_pipelined(runner: CudaRunner, arrivals: dict[int, list[Line]], *, patient: bool = False) -> None:
-    """Launch each step before the tokens of the one before are asked for, or, `patient`, after; `arrivals`
-    join at their step."""
-    arrivals = dict(arrivals)
-    live: list[Line] = []
-    before: tuple[Pending, list[Line]] | None = None
-    step = 0
-    while live or arrivals or before:
-        live += arrivals.pop(step, [])
-        step += 1
-        launched = None
-        if live:
-            plan = step_plan([line.span() for line in live], BLOCK_TOKENS)
-            launched = runner.launch(plan, sampling_of(live)), list(live)
-        for place, line in enumerate(live):
-            line.num_launched += 1
-            line.place = place
-        if patient:
-            before, launched = launched, None
-        if before is not None:
-            pending, lines = before
-            for line, token in zip(lines, pending.tokens().tolist(), strict=True):
-                line.tokens.append(token)
-        before = launched
-        live = [line for line in live if line.num_launched < line.new_tokens]
-
-
-def lines_of(prompts: list[list[int]], new_tokens: list[int], temperature: float = 0.0) -> list[Line]:
-    """Sequences with scattered blocks of their own."""
-    free = iter(np.random.default_rng(0).permutation(NUM_BLOCKS).tolist())
-    return [
-        Line(
-            prompt,
-            [next(free) for _ in range(-(-(len(prompt) + more) // BLOCK_TOKENS))],
-            more,
-            seed=2**63 + number,
-            temperature=temperature,
-        )
-        for number, (prompt, more) in enumerate(zip(prompts, new_tokens, strict=True))
-    ]
-
-
-def alone(model: Llama, line: Line) -> list[int]:
-    """The same tokens one by one, each step by itself on the plain runner."""
-    plain, twin = Plain(model), replace(line, tokens=[], num_launched=0)
-    while len(twin.tokens) < line.new_tokens:
-        plan, sampling = step_plan([twin.span()], BLOCK_TOKENS), sampling_of([twin])
-        twin.tokens += plain.launch(plan, sampling).tokens().tolist()
-        twin.num_launched += 1
-    return twin.tokens
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
@@ -370,95 +252,6 @@ def test_more_rows_than_can_be_drawn_are_refused(llama):
     plan = step_plan([Span([1], 0, [n]) for n in range(7)], BLOCK_TOKENS)
     with pytest.raises(ValueError, match="max_num_seqs is 6"):
         Rig(llama).runner.launch(plan, greedy(7))
-
-
-WIDE = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
-
-
-def test_the_gpu_kernels_read_a_graphs_buffers(tmp_path):
-    """With the real kernels, interpreted: their worklists in fixed buffers, padding included, give the
-    plain runner's tokens."""
-    save_tiny_llama(tmp_path, **WIDE)
-    model = load(tmp_path, torch.float32)
-    lines = lines_of([PROMPTS[1], PROMPTS[3], PROMPTS[0]], [4, 4, 4])
-    expected = [alone(model, line) for line in lines]
-    device = LazyDevice()
-    cache = allocate_kv_cache(model, NUM_BLOCKS + 1, BLOCK_TOKENS, model.dtype, CPU).fill_(float("nan"))
-    with forced("triton"):
-        run_pipelined(CudaRunner(model, cache, LIMITS, device), {0: lines})
-    assert [line.tokens for line in lines] == expected
-    assert device.seen["replay"] == 2
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_gpus_graphs_give_its_eager_tokens(tmp_path, temperature):
-    """On a GPU: replays, launched ahead or not, draw what the same steps draw without any graph, while
-    sequences join and end. (Other batches would round otherwise: cuBLAS has a kernel for each shape.)"""
-    worker = gpu_worker(tmp_path)
-    runs = []
-    for has_graphs, patient in ((True, False), (True, True), (False, False)):
-        lines = lines_of(PROMPTS, [40, 9, 25, 1, 30, 12], temperature)
-        worker._runner._graphs = {} if has_graphs else _Forgetful()
-        arrivals = {0: lines[:2], 1: lines[2:3], 7: lines[3:]}
-        run_pipelined(worker._runner, arrivals, patient=patient)
-        captured = [graph for graph in worker._runner._graphs.values() if graph._graph is not None]
-        assert len(captured) >= 3 if has_graphs else not captured
-        runs.append([line.tokens for line in lines])
-    assert runs[0] == runs[1] == runs[2]
-    assert all(token >= 0 for tokens in runs[0] for token in tokens)
-
-
-@pytest.mark.gpu
-def test_nccls_collectives_are_replayed_with_their_graph(tmp_path):
-    """At world size 1, where a sum and a broadcast change nothing: captured, they do not."""
-    worker = gpu_worker(tmp_path)
-    runner = worker._runner
-    expected = lines_of(PROMPTS[:3], [20, 9, 14], temperature=0.8)
-    run_pipelined(runner, {0: expected[:2], 5: expected[2:]})
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        for layer in runner._model._layers:
-            for part in (layer.attention.out, layer.mlp.down):
-                object.__setattr__(part, "shard", Shard(0, 1, dist.all_reduce))
-        runner._share = lambda drawn: dist.broadcast(drawn, 0)
-        runner._graphs.clear()
-        lines = lines_of(PROMPTS[:3], [20, 9, 14], temperature=0.8)
-        run_pipelined(runner, {0: lines[:2], 5: lines[2:]})
-        torch.cuda.synchronize()
-    finally:
-        dist.destroy_process_group()
-    assert any(graph._graph is not None for graph in runner._graphs.values())
-    assert [line.tokens for line in lines] == [line.tokens for line in expected]
-
-
-class _Forgetful(dict):
-    """Every bucket is new to it: all steps are first ones, which run eagerly."""
-
-    def get(self, key, default=None):
-        return default
-
-    def setdefault(self, key, default=None):
-        return default
-
-
-def gpu_worker(folder) -> Worker:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    save_tiny_llama(
-        folder, **(WIDE | dict(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2))
-    )
-    return Worker(
-        ExecutorOptions(
-            weights=tuple(folder.glob("*.safetensors")),
-            spec=read_model_spec(folder),
-            dtype="float16",
-            device="cuda",
-            block_tokens=BLOCK_TOKENS,
-            kv_blocks=NUM_BLOCKS,
-            max_num_seqs=LIMITS.max_num_seqs,
-        )
-    )
 
 
 def test_two_ranks_run_ahead_as_one(tmp_path):
