@@ -132,7 +132,8 @@ class Worker:
 
     def launch(self, plan: StepPlan, sampling: SamplingBatch) -> Launched:
         """Run `plan` on every rank and draw one token a wanted row; a GPU does so while this returns."""
-        self._send(_PLAN, plan.pack())
+        if self._world_size > 1:
+            self._send(_PLAN, plan.pack())
         self._move_blocks(plan.copies)
         if self._upgrade is not None and self._upgrade.is_over:
             self._runner = self._upgrade.take() or self._runner

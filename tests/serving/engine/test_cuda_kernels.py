@@ -55,6 +55,8 @@ def test_the_gpu_kernels_give_the_plain_runners_tokens(tmp_path, temperature):
     # One sequence alone; two prompts join, and three decode as four; two more join, and five decode as six.
     assert {bucket.rows for bucket in runner._graphs} == {1, 4, 6}
     assert (device.seen["eager"], device.seen["replay"]) == (5, 5)
+    others = {*range(NUM_BLOCKS)} - {block for line in lines for block in line.blocks}
+    assert cache[:, :, sorted(others)].isnan().all(), "padding wrote to a block of the pool"
 
 
 @pytest.mark.gpu
