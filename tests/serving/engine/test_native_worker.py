@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import MistralConfig
 
 from kernels.cpu import library
 from serving.engine.executor import ExecutorOptions
@@ -16,7 +17,7 @@ from serving.model_spec import read_model_spec
 from tests.kernels.native_cases import built, needs_library
 from tests.serving.engine.step_plans import Span, generate, greedy, step_plan
 from tests.serving.engine.worker_ranks import tensor_parallel
-from tests.serving.models.tiny_llama import VOCAB_SIZE, save_tiny_llama
+from tests.serving.models.tiny_llama import VOCAB_SIZE, save_tiny, save_tiny_llama
 
 pytestmark = needs_library
 
@@ -68,6 +69,18 @@ def test_two_ranks_are_one_model(tiny, dtype):
     assert found.argmax() == tokens[0]
     # Rounding of a sum in another order, seen through 8 bits.
     assert divergence(expected, found) < (1e-3 if dtype == "bfloat16" else 2e-2)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_a_mistral_without_a_window_is_a_llama_to_the_library(tmp_path, window):
+    """It gives the float32 model's distribution; one with a window runs on torch's kernels."""
+    built()
+    sizes = dict(hidden_size=96, intermediate_size=192, head_dim=32, sliding_window=window)
+    save_tiny(MistralConfig, tmp_path, **sizes)
+    worker = Worker(options_of(tmp_path))
+    assert isinstance(worker._runner, NativeRunner) is (window is None)
+    exact = Worker(replace(options_of(tmp_path), dtype="float32"))
+    assert divergence(logits(exact, PROMPT), logits(worker, PROMPT)) < 5e-3
 
 
 def test_an_engine_without_the_library_is_given_it_while_it_serves(tiny, monkeypatch):
